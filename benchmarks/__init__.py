@@ -1,0 +1,1 @@
+"""SESSION IN, RESULT OUT: speed and fidelity, measured."""

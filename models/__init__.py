@@ -1,0 +1,1 @@
+"""THE FLOAT MODEL: checkpoints read lazily and checked, families, decoder blocks, tokenizers."""

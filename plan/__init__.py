@@ -1,0 +1,1 @@
+"""WHAT WILL HAPPEN, known before any weight is read."""

@@ -1,0 +1,1 @@
+"""FLOAT IN, CODES OUT: grids, methods and the run loop."""

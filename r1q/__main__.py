@@ -1,0 +1,5 @@
+"""`python -m r1q` is `r1q`."""
+
+from r1q.cli import main
+
+main()

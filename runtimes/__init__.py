@@ -1,0 +1,1 @@
+"""ARTIFACT IN, SESSION OUT: one adapter a file."""
