@@ -106,7 +106,8 @@ def _flush(path: Path) -> None:
 
 def _umask() -> int:
     # The mask can only be read by setting it; /proc avoids that race where it exists.
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
-    return 0o022
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.partition("Umask:")[2].split()[0], 8)
+    except (OSError, IndexError, ValueError):
+        return 0o022

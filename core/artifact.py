@@ -1,0 +1,130 @@
+"""Artifact: a finished foreign file and where it came from; and the output folder that `r1q quantize` fills.
+
+<output>/checkpoint/      the QuantizedCheckpoint
+<output>/<Name>.gguf      the artifact
+<output>/artifacts.json   format, file, bytes, sha256 of every artifact, and of the manifest it was written from
+<output>/where.json       the source's path on this machine; nothing hashes it, and deleting it loses only that
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from r1q.core.checkpoint import JOB, MANIFEST, QuantizedCheckpoint
+from r1q.core.errors import InputError, UsageError
+from r1q.core.files import TEMP_PREFIX, sha256_file, write_json
+
+ARTIFACTS, CHECKPOINT, WHERE = "artifacts.json", "checkpoint", "where.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A finished file: `format` (gguf), `file` beside artifacts.json, its `bytes` and `sha256`, and the manifest's sha256."""
+
+    format: str
+    file: str
+    bytes: int
+    sha256: str
+    manifest_sha256: str
+    tokenizer_proof: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFolder:
+    """The folder one `r1q quantize` fills."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the QuantizedCheckpoint is or will be."""
+        return self.path / CHECKPOINT
+
+    def refuse_foreign(self) -> None:
+        """Raise `UsageError` when the folder exists and was not made by r1q."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file; choose another folder with -o")
+        names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(TEMP_PREFIX)}
+        started = (self.checkpoint / JOB).is_file()
+        # A run killed before job.json leaves at most an empty checkpoint folder.
+        untouched = names <= {CHECKPOINT} and not _foreign_files(self.checkpoint)
+        if not started and not untouched:
+            raise UsageError(f"{self.path} exists and was not made by r1q; choose another folder with -o")
+
+    def artifacts(self) -> dict[str, Artifact]:
+        """Return the recorded artifacts by format; files that are gone or changed in size are left out."""
+        try:
+            listed = json.loads((self.path / ARTIFACTS).read_bytes())
+            found = {fmt: Artifact(**{**value, "format": fmt}) for fmt, value in listed.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{self.path / ARTIFACTS} is damaged ({error}); delete it and run r1q quantize again"
+            ) from error
+        return {fmt: artifact for fmt, artifact in found.items() if self._whole(artifact)}
+
+    def _whole(self, artifact: Artifact) -> bool:
+        path = self.path / artifact.file
+        return path.is_file() and path.stat().st_size == artifact.bytes
+
+    def current(self, format: str) -> Artifact | None:
+        """Return the artifact of `format` if it was written from the checkpoint as it is now."""
+        artifact = self.artifacts().get(format)
+        manifest = self.checkpoint / MANIFEST
+        if artifact is None or not manifest.is_file() or sha256_file(manifest) != artifact.manifest_sha256:
+            return None
+        return artifact
+
+    def record(self, format: str, file: Path, tokenizer_proof: str) -> Artifact:
+        """Hash a finished artifact and list it in artifacts.json."""
+        artifact = Artifact(
+            format=format,
+            file=file.name,
+            bytes=file.stat().st_size,
+            sha256=sha256_file(file),
+            manifest_sha256=sha256_file(self.checkpoint / MANIFEST),
+            tokenizer_proof=tokenizer_proof,
+        )
+        listed = {**self.artifacts(), format: artifact}
+        write_json(self.path / ARTIFACTS, {name: asdict(value) for name, value in listed.items()})
+        return artifact
+
+    def remember_source(self, source: Path) -> None:
+        """Write where the source checkpoint is on this machine, for `r1q bench` to compare with."""
+        write_json(self.path / WHERE, {"source": str(source.resolve())})
+
+
+def find_reference(artifact: Path) -> Path | None:
+    """Return the float checkpoint an artifact (file or output folder) was made from, if it is still there."""
+    folder = artifact if artifact.is_dir() else artifact.parent
+    try:
+        where = json.loads((folder / WHERE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    source = where.get("source") if isinstance(where, Mapping) else None
+    path = Path(source) if isinstance(source, str) else None
+    return path if path is not None and path.is_dir() else None
+
+
+def find_output(artifact: Path) -> QuantizedCheckpoint | None:
+    """Return the checkpoint beside an artifact file or in an output folder, if there is a finished one."""
+    folder = artifact if artifact.is_dir() else artifact.parent
+    return QuantizedCheckpoint.open(folder / CHECKPOINT) if (folder / CHECKPOINT / MANIFEST).is_file() else None
+
+
+def newest_output(root: Path) -> Path | None:
+    """Return the output folder under `root` whose artifact was written last, or None."""
+    folders = [path.parent for path in root.glob(f"*/{ARTIFACTS}")] if root.is_dir() else []
+    return max(folders, key=lambda folder: (folder / ARTIFACTS).stat().st_mtime, default=None)
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return [entry.name for entry in folder.iterdir() if not entry.name.startswith(TEMP_PREFIX)]

@@ -1,0 +1,194 @@
+"""QuantizedCheckpoint: our own form of a quantized model on disk; every export reads it and none changes it.
+
+    job.json             what was asked, written first; a run with another job is refused
+    journal.jsonl        one line a finished block file, appended and flushed
+    source/              the model's config, tokenizer, chat template and generation defaults, byte for byte
+    embedding.safetensors, block-00000.safetensors, …, head.safetensors
+    manifest.json        written last: without it the checkpoint is unfinished
+
+A block file holds each tensor as stored rows: float grids under their own dtype [rows, columns], quantized ones as bytes
+[rows, row_bytes] (for the block grids, exactly the bytes of a GGUF tensor). No time and no path enters any of these files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from r1q.core.errors import InputError
+from r1q.core.files import sha256_file
+from r1q.core.grids import Bytes, bytes_to_floats, unpack
+from r1q.core.qtensor import Floats, QuantizedTensor
+from r1q.core.recipe import PlannedTensor
+from r1q.core.safetensors_file import SafetensorsFile
+from r1q.core.scheme import Scheme
+from r1q.core.tensors import TensorSpec
+
+FORMAT_VERSION = 1
+JOB, JOURNAL, MANIFEST, SIDECAR = "job.json", "journal.jsonl", "manifest.json", "source"
+_MAX_MANIFEST_BYTES = 1 << 28
+_STORED_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRecord:
+    """What the manifest says of one tensor. `error` is the relative root-mean-square error against the source (0 when kept)."""
+
+    spec: TensorSpec
+    scheme: Scheme
+    wanted: str
+    file: str
+    sha256: str
+    error: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the record as JSON can hold it."""
+        spec, scheme = self.spec, self.scheme
+        return {
+            "name": spec.name, "kind": spec.kind, "layer": spec.layer, "part": spec.part,
+            "shape": list(spec.shape), "dtype": spec.dtype,
+            "grid": scheme.grid, "group_size": scheme.group_size, "symmetric": scheme.symmetric,
+            "wanted": self.wanted, "file": self.file, "sha256": self.sha256, "error": self.error,
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, object]) -> TensorRecord:
+        """Read a record back. Raises `KeyError`, `TypeError` or `ValueError` for a record that is not one."""
+        layer, shape, group = value["layer"], value["shape"], value["group_size"]
+        if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError("shape is not a list of lengths")
+        if not (layer is None or type(layer) is int) or not (group is None or type(group) is int):
+            raise ValueError("layer or group_size is not a number")
+        file, error = _text(value, "file"), value["error"]
+        if not isinstance(error, float | int) or "/" in file or "\\" in file or file.startswith("."):
+            raise ValueError("file or error is not what a record holds")
+        texts = {key: _text(value, key) for key in ("name", "kind", "part", "dtype")}
+        return cls(
+            spec=TensorSpec(layer=layer, shape=tuple(shape), **texts),
+            scheme=Scheme(grid=_text(value, "grid"), group_size=group, symmetric=value["symmetric"] is True),
+            wanted=_text(value, "wanted"),
+            file=file,
+            sha256=_text(value, "sha256"),
+            error=float(error),
+        )
+
+
+def _text(value: Mapping[str, object], key: str) -> str:
+    text = value[key]
+    if not isinstance(text, str):
+        raise TypeError(f"{key} is not text")
+    return text
+
+
+def stored_entry(planned: PlannedTensor) -> tuple[str, str, tuple[int, ...]]:
+    """Return the (name, dtype, shape) under which a block file stores a tensor."""
+    spec, scheme = planned.spec, planned.scheme
+    if scheme.facts.family == "float":
+        return spec.name, _STORED_DTYPES[scheme.grid], spec.shape
+    return spec.name, "U8", (spec.rows, scheme.row_bytes(spec.columns))
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedCheckpoint:
+    """A finished checkpoint, opened lazily: headers and manifest now, rows when asked for."""
+
+    path: Path
+    manifest: Mapping[str, object]
+    records: Mapping[str, TensorRecord]
+    _files: dict[str, SafetensorsFile] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> QuantizedCheckpoint:
+        """Open a checkpoint folder. Raises `InputError` when it is unfinished, damaged or not one."""
+        manifest_path = path / MANIFEST
+        if not manifest_path.is_file():
+            unfinished = (path / JOB).is_file()
+            hint = "it is unfinished: run the same r1q quantize again" if unfinished else "r1q quantize makes one"
+            raise InputError(f"{path} is not a finished r1q checkpoint (no {MANIFEST}); {hint}")
+        if manifest_path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise InputError(f"{manifest_path} is larger than a manifest can be")
+        try:
+            manifest = json.loads(manifest_path.read_bytes())
+            if manifest["format"] != FORMAT_VERSION:
+                raise InputError(f"{path} has format {manifest['format']}; this r1q reads {FORMAT_VERSION}")
+            records = [TensorRecord.from_dict(value) for value in manifest["tensors"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{manifest_path} is damaged ({error}); quantize again") from error
+        return cls(path, manifest, {record.spec.name: record for record in records})
+
+    @property
+    def sidecar(self) -> Path:
+        """The folder with the source's config, tokenizer and templates, byte for byte."""
+        return self.path / SIDECAR
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Every tensor in model order."""
+        return tuple(record.spec for record in self.records.values())
+
+    @property
+    def recipe_name(self) -> str:
+        """The recipe's label, such as `q4_k_m`."""
+        recipe = self.manifest.get("recipe")
+        return str(recipe.get("name", "")) if isinstance(recipe, Mapping) else ""
+
+    @property
+    def model_name(self) -> str:
+        """The source model's name, as the folder or id it came from was called."""
+        return str(self.manifest.get("model", "model"))
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return one tensor's facts."""
+        return self.records[name].spec
+
+    def scheme(self, name: str) -> Scheme:
+        """Return one tensor's scheme."""
+        return self.records[name].scheme
+
+    def packed_rows(self, name: str, start: int, stop: int) -> Bytes:
+        """Return stored rows [stop − start, row_bytes] as bytes; a vector is one row.
+
+        Raises `InputError` when the block file is damaged.
+        """
+        record = self.records[name]
+        file = self._file(record.file)
+        entry = file.tensors.get(name)
+        row_bytes = record.scheme.row_bytes(record.spec.columns)
+        if entry is None or entry.stop - entry.start != record.spec.rows * row_bytes:
+            raise InputError(
+                f"{self.path / record.file}: tensor {name} is missing or has another size than the manifest says"
+            )
+        if record.spec.rows == 1:
+            return np.ascontiguousarray(file.read(name)).view(np.uint8).reshape(1, row_bytes)[start:stop]
+        return np.ascontiguousarray(file.read_rows(name, start, stop)).view(np.uint8).reshape(stop - start, row_bytes)
+
+    def read(self, name: str, start: int, stop: int) -> QuantizedTensor:
+        """Return rows of a quantized tensor as codes and params."""
+        record = self.records[name]
+        return unpack(record.scheme, self.packed_rows(name, start, stop), record.spec.columns)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Return rows [stop − start, columns] as float32 values (a vector: [length]), dequantized where they are codes."""
+        record = self.records[name]
+        if record.scheme.facts.family != "float":
+            return self.read(name, start, stop).dequantize()
+        values = bytes_to_floats(record.scheme.grid, self.packed_rows(name, start, stop))
+        return values.reshape(-1) if len(record.spec.shape) == 1 else values
+
+    def damaged_files(self) -> list[str]:
+        """Return the block files whose sha256 is not the manifest's."""
+        files = self.manifest.get("files")
+        listed = files if isinstance(files, Mapping) else {}
+        return [
+            n for n, digest in listed.items() if not (self.path / n).is_file() or sha256_file(self.path / n) != digest
+        ]
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._files:
+            self._files.clear()  # one block file mapped at a time
+            self._files[name] = SafetensorsFile.open(self.path / name)
+        return self._files[name]

@@ -1,0 +1,81 @@
+"""The journal of a run: which block files are finished, one flushed line each, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from r1q.core.checkpoint import JOB, JOURNAL, TensorRecord
+from r1q.core.errors import UsageError
+from r1q.core.files import explain_os_error, json_bytes, sha256_file, write_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedFile:
+    """One finished block file: its name, sha256 and what it holds."""
+
+    file: str
+    sha256: str
+    records: tuple[TensorRecord, ...]
+
+
+def open_job(folder: Path, job: Mapping[str, object]) -> None:
+    """Write job.json, or check that the one there asks for the same.
+
+    Raises `UsageError` naming what differs: an unfinished or finished run is never mixed with another one.
+    """
+    path = folder / JOB
+    if not path.is_file():
+        write_json(path, job)
+        return
+    stored = path.read_bytes()
+    if stored == json_bytes(job):
+        return
+    try:
+        before = json.loads(stored)
+        differs = sorted(key for key in {*before, *job} if before.get(key) != json.loads(json_bytes(job)).get(key))
+    except (ValueError, AttributeError):
+        differs = ["job.json is damaged"]
+    raise UsageError(
+        f"{folder} holds another job (different: {', '.join(differs)}); choose another folder with -o or delete it"
+    )
+
+
+def finished_files(folder: Path) -> dict[str, FinishedFile]:
+    """Return the block files that the journal calls finished and whose bytes still are what it says."""
+    path = folder / JOURNAL
+    if not path.is_file():
+        return {}
+    found: dict[str, FinishedFile] = {}
+    for line in path.read_bytes().split(b"\n"):
+        entry = _parse(line)
+        if entry is not None and (folder / entry.file).is_file() and sha256_file(folder / entry.file) == entry.sha256:
+            found[entry.file] = entry
+    return found
+
+
+def append(folder: Path, entry: FinishedFile) -> None:
+    """Add a line for a finished block file and flush it to the disk."""
+    value = {"file": entry.file, "sha256": entry.sha256, "tensors": [record.to_dict() for record in entry.records]}
+    path = folder / JOURNAL
+    try:
+        with open(path, "ab") as file:
+            # A kill may have left half a line; a newline first keeps it apart from this one.
+            file.write(b"\n" + json.dumps(value, sort_keys=True).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+
+
+def _parse(line: bytes) -> FinishedFile | None:
+    # A torn line is one whose write was cut by a kill: its block is simply done again.
+    try:
+        value = json.loads(line)
+        records = tuple(TensorRecord.from_dict(record) for record in value["tensors"])
+        return FinishedFile(file=str(value["file"]), sha256=str(value["sha256"]), records=records)
+    except (ValueError, KeyError, TypeError):
+        return None

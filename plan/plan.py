@@ -1,0 +1,84 @@
+"""Plan: what every tensor becomes and what it will cost, from headers alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from r1q.core.errors import ResourceError
+from r1q.core.mixtures import ModelShape
+from r1q.core.recipe import PlannedTensor, Recipe, resolve
+from r1q.models.config import ModelConfig
+from r1q.models.source import ModelSource
+
+# Metadata of a GGUF file: a vocabulary of 150k tokens and its merges take about 6 MB.
+_METADATA_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What `recipe` makes of a model: every tensor with its scheme, and the totals."""
+
+    model: str
+    recipe: Recipe
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the file."""
+        return sum(tensor.spec.size for tensor in self.tensors)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per weight: scales, norms and float tensors included."""
+        return 8 * self.bytes / self.weights
+
+    @property
+    def fallbacks(self) -> tuple[PlannedTensor, ...]:
+        """Tensors whose rows did not split into the grid that the recipe wanted."""
+        return tuple(tensor for tensor in self.tensors if tensor.fell_back)
+
+    def grids(self) -> dict[str, int]:
+        """Return how many tensors have each grid, most first."""
+        return dict(Counter(str(tensor.scheme) for tensor in self.tensors).most_common())
+
+    def fallback_lines(self) -> list[str]:
+        """Return one line for each kind of fallback: how many, from what, to what, why."""
+        kinds = Counter((t.wanted, t.scheme.grid, t.spec.columns) for t in self.fallbacks)
+        return [
+            f"{count} tensors with rows of {columns}: {wanted} blocks do not divide them, stored as {grid}"
+            for (wanted, grid, columns), count in kinds.items()
+        ]
+
+    def check_disk(self, folder: Path, copies: int) -> None:
+        """Raise `ResourceError` when the disk of `folder` cannot take `copies` of the weights."""
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        need, free = copies * self.bytes + _METADATA_BYTES, shutil.disk_usage(existing).free
+        if need > free:
+            raise ResourceError(
+                f"{folder} needs {need / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free; free space or choose another -o"
+            )
+
+
+def model_shape(config: ModelConfig) -> ModelShape:
+    """Return what llama.cpp's mixtures look at."""
+    return ModelShape(
+        family=config.family,
+        layers=config.num_layers,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        tied=config.tied,
+    )
+
+
+def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
+    """Return what `recipe` makes of `source`. Raises `UsageError` for a recipe that does not fit the model."""
+    shape = model_shape(source.config)
+    return Plan(model=source.config.name, recipe=recipe, tensors=resolve(recipe, source.tensors, shape))

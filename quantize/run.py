@@ -1,0 +1,192 @@
+"""The run loop: a float checkpoint and a plan in, a QuantizedCheckpoint out, one row slab of one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from r1q.core import journal
+from r1q.core.checkpoint import FORMAT_VERSION, MANIFEST, SIDECAR, QuantizedCheckpoint, TensorRecord, stored_entry
+from r1q.core.errors import InputError
+from r1q.core.files import atomic_path, remove_leftovers, sha256_file, write_json, writing
+from r1q.core.grids import Bytes, bytes_to_floats, float_bytes, pack
+from r1q.core.qtensor import Floats
+from r1q.core.recipe import PlannedTensor, Recipe
+from r1q.core.safetensors_file import write_safetensors
+from r1q.quantize.rtn import rtn
+
+# Rows are taken in slabs of about this many weights (32 MB in float32): bounds memory, does not change a byte.
+SLAB_WEIGHTS = 1 << 23
+
+
+class FloatSource(Protocol):
+    """Where float weights come from: `models.source.ModelSource`, or anything that reads rows by name."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Return rows [stop − start, columns] in float32; of a vector, its entries."""
+        ...
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """Return sha256 sums by which this source is told from another."""
+        ...
+
+    def sidecars(self) -> Sequence[Path]:
+        """Return the files beside the weights that a finished model needs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One step of a run. `what` is `kept` (a block from an earlier run), `tensor`, `file`, `done` or `already done`."""
+
+    what: str
+    name: str = ""
+    weights: int = 0
+    record: TensorRecord | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to quantize and how: everything that decides the bytes is in here, and in job.json."""
+
+    model: str
+    recipe: Recipe
+    planned: tuple[PlannedTensor, ...]
+    method: str
+    versions: Mapping[str, str]
+
+    def job(self, source: FloatSource) -> dict[str, object]:
+        """Return what job.json fixes."""
+        return {
+            "format": FORMAT_VERSION,
+            "model": self.model,
+            "recipe": self.recipe.to_dict(),
+            "schemes": {tensor.spec.name: str(tensor.scheme) for tensor in self.planned},
+            "method": self.method,
+            "source": dict(source.fingerprint()),
+            "versions": dict(self.versions),
+        }
+
+
+def quantize_checkpoint(source: FloatSource, request: Request, folder: Path) -> Iterator[Event]:
+    """Quantize `source` into `folder`, yielding an event for each step; go on where a killed run stopped.
+
+    Raises `UsageError` when `folder` holds another job, `InputError` for a weight that is not a number, `ResourceError` for
+    a full disk. The folder becomes a `QuantizedCheckpoint` when the manifest is written, at the end.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    job = request.job(source)
+    journal.open_job(folder, job)
+    if (folder / MANIFEST).is_file() and not QuantizedCheckpoint.open(folder).damaged_files():
+        yield Event(what="already done")
+        return
+    remove_leftovers(folder)
+    _copy_sidecars(source, folder / SIDECAR)
+    finished = journal.finished_files(folder)
+    for file, tensors in block_files(request.planned).items():
+        if file in finished:
+            yield Event(what="kept", name=file, weights=sum(tensor.spec.size for tensor in tensors))
+            continue
+        done: list[TensorRecord] = []
+        yield from _write_block(source, folder / file, tensors, done)
+        finished[file] = journal.FinishedFile(file=file, sha256=sha256_file(folder / file), records=tuple(done))
+        journal.append(folder, finished[file])
+        yield Event(what="file", name=file)
+    _write_manifest(folder, job, [finished[file] for file in block_files(request.planned)])
+    yield Event(what="done")
+
+
+def block_files(planned: Sequence[PlannedTensor]) -> dict[str, list[PlannedTensor]]:
+    """Return the tensors of each block file, in model order."""
+    files: dict[str, list[PlannedTensor]] = {}
+    for tensor in planned:
+        spec = tensor.spec
+        outside = "embedding" if spec.kind == "token_embd" else "head"
+        stem = outside if spec.layer is None else f"block-{spec.layer:05d}"
+        files.setdefault(f"{stem}.safetensors", []).append(tensor)
+    return files
+
+
+def _write_block(
+    source: FloatSource, path: Path, tensors: Sequence[PlannedTensor], done: list[TensorRecord]
+) -> Iterator[Event]:
+    """Write one block file, appending a record to `done` for each tensor; an event follows each."""
+    entries = [stored_entry(tensor) for tensor in tensors]
+    pieces = (piece for tensor in tensors for piece in _stored_slabs(source, tensor, path.name, done))
+    with atomic_path(path) as temporary:
+        write_safetensors(temporary, entries, pieces, metadata={"format": "r1q"})
+    for record in done:
+        yield Event(what="tensor", name=record.spec.name, weights=record.spec.size, record=record)
+
+
+def _stored_slabs(source: FloatSource, planned: PlannedTensor, file: str, done: list[TensorRecord]) -> Iterator[bytes]:
+    """Yield a tensor's stored bytes slab by slab; at the end append its record."""
+    spec, digest = planned.spec, hashlib.sha256()
+    squared_error = squared_weight = 0.0
+    vector = len(spec.shape) == 1
+    step = spec.rows if vector else max(1, SLAB_WEIGHTS // spec.columns)
+    for start in range(0, spec.rows, step):
+        stop = min(start + step, spec.rows)
+        weights = source.read_rows(spec.name, 0, spec.columns) if vector else source.read_rows(spec.name, start, stop)
+        stored, values = _store(weights.reshape(stop - start, spec.columns), planned)
+        difference = (values - weights.reshape(values.shape)).ravel()
+        squared_error += float(np.vdot(difference, difference))
+        squared_weight += float(np.vdot(weights, weights))
+        data = stored.tobytes()
+        digest.update(data)
+        yield data
+    if not math.isfinite(squared_error):
+        raise InputError(
+            f"{spec.name}: a value does not fit {planned.scheme} (not finite once stored); keep it in bf16 or f32"
+        )
+    error = math.sqrt(squared_error / squared_weight) if squared_weight else 0.0
+    done.append(
+        TensorRecord(
+            spec=spec, scheme=planned.scheme, wanted=planned.wanted, file=file, sha256=digest.hexdigest(), error=error
+        )
+    )
+
+
+def _store(weights: Floats, planned: PlannedTensor) -> tuple[Bytes, Floats]:
+    """Return the stored bytes of rows, and the values they stand for."""
+    if planned.scheme.facts.family == "float":
+        stored = float_bytes(planned.scheme.grid, weights)
+        return stored, bytes_to_floats(planned.scheme.grid, stored).reshape(weights.shape)
+    tensor = rtn(np.ascontiguousarray(weights), planned.scheme)
+    return pack(planned.scheme, tensor.codes, tensor.params), tensor.dequantize()
+
+
+def _copy_sidecars(source: FloatSource, folder: Path) -> None:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+    for path in source.sidecars():
+        with atomic_path(folder / path.name) as temporary:
+            shutil.copyfile(path, temporary)
+
+
+def _write_manifest(folder: Path, job: Mapping[str, object], finished: Sequence[journal.FinishedFile]) -> None:
+    records = [record for entry in finished for record in entry.records]
+    sidecars = sorted((folder / SIDECAR).iterdir())
+    events = [f"{r.spec.name}: {r.wanted} does not divide rows of {r.spec.columns}, stored as {r.scheme}"
+              for r in records if r.wanted != r.scheme.grid]  # fmt: skip
+    manifest: dict[str, object] = {
+        **job,
+        "calibration": None,
+        "seed": None,
+        "events": events,
+        "files": {
+            **{entry.file: entry.sha256 for entry in finished},
+            **{f"{SIDECAR}/{path.name}": sha256_file(path) for path in sidecars},
+        },
+        "tensors": [record.to_dict() for record in records],
+    }
+    write_json(folder / MANIFEST, manifest)
