@@ -50,7 +50,7 @@ class Mixture:
     """A preset: the grid of most tensors, and a choice by layer and shape for the kinds that differ."""
 
     default: str
-    choices: Mapping[str, Choice] = MappingProxyType({})
+    choices: Mapping[str, Choice]
     head: str = "q6_k"
 
 

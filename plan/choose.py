@@ -34,7 +34,10 @@ def choose_recipe(*, bits: int | None, scheme: str | None) -> Choice:
         raise UsageError(f"no preset has {wanted} bits; --bits takes {known}")
     preset = BITS_PRESETS[wanted]
     asked = "4 bits (the default)" if bits is None else f"--bits {wanted}"
-    return Choice(recipe=Recipe.named(preset), reason=f"{preset}: {asked} in a GGUF file means llama.cpp's usual {wanted}-bit preset")
+    return Choice(
+        recipe=Recipe.named(preset),
+        reason=f"{preset}: {asked} in a GGUF file means llama.cpp's usual {wanted}-bit preset",
+    )
 
 
 def check_formats(names: str) -> tuple[str, ...]:

@@ -30,7 +30,9 @@ def versions() -> dict[str, str]:
     return {"r1q": __version__, "numpy": version("numpy"), "numba": version("numba")}
 
 
-def quantize_model(source: ModelSource, plan: Plan, output: OutputFolder, *, method: str = "rtn") -> Iterator[Event | Exported]:
+def quantize_model(
+    source: ModelSource, plan: Plan, output: OutputFolder, *, method: str = "rtn"
+) -> Iterator[Event | Exported]:
     """Quantize and export `source` as `plan` says into `output`, yielding events; the last one is the artifact.
 
     The same call on a finished folder yields «already done» and changes nothing.
@@ -39,9 +41,7 @@ def quantize_model(source: ModelSource, plan: Plan, output: OutputFolder, *, met
     from r1q.export.pretokenizer import prove_tokenizer
 
     output.refuse_foreign()
-    request = Request(
-        model=plan.model, recipe=plan.recipe, planned=plan.tensors, method=method, versions=versions()
-    )
+    request = Request(model=plan.model, recipe=plan.recipe, planned=plan.tensors, method=method, versions=versions())
     events = quantize_checkpoint(source, request, output.checkpoint)
     yield from events
     current = output.current("gguf")

@@ -44,11 +44,13 @@ class FloatSource(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One step of a run. `what` is `kept` (a block from an earlier run), `tensor`, `file`, `done` or `already done`."""
+    """One step of a run. `what` is `kept` (a block file of `count` tensors from an earlier run), `tensor`, `file`, `done` or
+    `already done`.
+    """
 
     what: str
     name: str = ""
-    weights: int = 0
+    count: int = 0
     record: TensorRecord | None = None
 
 
@@ -93,7 +95,7 @@ def quantize_checkpoint(source: FloatSource, request: Request, folder: Path) -> 
     finished = journal.finished_files(folder)
     for file, tensors in block_files(request.planned).items():
         if file in finished:
-            yield Event(what="kept", name=file, weights=sum(tensor.spec.size for tensor in tensors))
+            yield Event(what="kept", name=file, count=len(tensors))
             continue
         done: list[TensorRecord] = []
         yield from _write_block(source, folder / file, tensors, done)
@@ -124,7 +126,7 @@ def _write_block(
     with atomic_path(path) as temporary:
         write_safetensors(temporary, entries, pieces, metadata={"format": "r1q"})
     for record in done:
-        yield Event(what="tensor", name=record.spec.name, weights=record.spec.size, record=record)
+        yield Event(what="tensor", name=record.spec.name, count=1, record=record)
 
 
 def _stored_slabs(source: FloatSource, planned: PlannedTensor, file: str, done: list[TensorRecord]) -> Iterator[bytes]:

@@ -1,0 +1,239 @@
+"""The command line: read arguments, one library call, render. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from r1q import __version__
+from r1q.core.errors import R1qError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from r1q.plan.plan import Plan
+    from r1q.plan.walk import Exported
+    from r1q.quantize.run import Event
+
+OUTPUT_ROOT = Path("r1q-out")
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _Refusal(click.ClickException):
+    """One line on stderr and the exit code of the error."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class _Group(click.Group):
+    """Turns errors raised on purpose into one line and an exit code; a traceback that reaches a user is a bug."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except R1qError as error:
+            raise _Refusal(str(error), error.exit_code) from error
+        except KeyboardInterrupt:
+            raise _Refusal(
+                "interrupted; what is finished is kept, and the same command goes on from there", 130
+            ) from None
+        except MemoryError:
+            raise _Refusal("out of memory; close other programs or take a smaller model", 5) from None
+        except OSError as error:
+            raise _Refusal(f"{error.filename or 'a file'}: {error.strerror or error}", 3) from error
+
+
+@click.group(cls=_Group, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="r1q")
+def main() -> None:
+    """Quantize reasoning models of the DeepSeek-R1 family, and measure what it cost.
+
+    \b
+    r1q quantize --bits 4             the small embedded model, no download
+    r1q quantize ./my-model --bits 4  a Hugging Face checkpoint folder
+    r1q bench --target cpu            speed and accuracy of what that made
+    """
+
+
+@main.command()
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("--bits", type=int, metavar="N", help="Bits per weight: 2, 3, 4 (default), 5, 6 or 8.")
+@click.option(
+    "--scheme",
+    metavar="NAME|FILE",
+    help="A preset (q4_0, q4_k_m, q6_k, q8_0, bf16, …), one grid for every matrix (q4_k) or a recipe file (mix.toml).",
+)
+@click.option("--to", "formats", default="gguf", show_default=True, metavar="FORMAT", help="What to write: gguf.")
+@click.option(
+    "--method", type=click.Choice(["rtn"]), default="rtn", show_default=True, help="rtn: round to nearest, no data."
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Output folder. [default: r1q-out/<model>-<scheme>]"
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan (sizes, grids, fallbacks) and stop before reading weights."
+)
+@click.option("--strict", is_flag=True, help="Refuse instead of falling back where rows do not fit a grid.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress; only errors and the result's path.")
+def quantize(
+    model: Path | None,
+    bits: int | None,
+    scheme: str | None,
+    formats: str,
+    method: str,
+    output: Path | None,
+    dry_run: bool,
+    strict: bool,
+    quiet: bool,
+) -> None:
+    """Quantize MODEL into a file that runs here.
+
+    MODEL is a Hugging Face checkpoint folder (safetensors) of a Llama or Qwen2 model: DeepSeek-R1's distills and their like.
+    Without MODEL the small embedded model is taken. The command can be killed at any moment: run it again and it goes on.
+
+    \b
+    Examples:
+      r1q quantize --bits 4
+      r1q quantize ./DeepSeek-R1-Distill-Qwen-1.5B --scheme q4_k_m
+      r1q quantize ./model --scheme bf16 -o reference
+
+    A recipe file is TOML: base = "q4_k_m" and [[rules]] of tensors = "*.ffn_down.weight", grid = "q6_k".
+    """
+    from r1q.core.artifact import OutputFolder
+    from r1q.models.embedded import open_model
+    from r1q.plan.choose import check_formats, choose_recipe
+    from r1q.plan.plan import make_plan
+    from r1q.plan.walk import quantize_model
+
+    console = _console(quiet)
+    check_formats(formats)
+    choice = choose_recipe(bits=bits, scheme=scheme)
+    console.print(choice.reason, highlight=False)
+    source = open_model(model)
+    plan = make_plan(source, choice.recipe)
+    _show_plan(console, plan)
+    if strict and plan.fallbacks:
+        raise click.UsageError(f"--strict: {plan.fallback_lines()[0]}")
+    folder = output or OUTPUT_ROOT / f"{plan.model}-{plan.recipe.name}"
+    if dry_run:
+        return
+    events = quantize_model(source, plan, OutputFolder(folder), method=method)
+    path = _show_run(console, events, plan)
+    if quiet:
+        click.echo(str(path))
+
+
+@main.command()
+@click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--target", type=click.Choice(["cpu"]), default="cpu", show_default=True, help="Where to run.")
+@click.option("--runtime", metavar="NAME", help="Runtime adapter. [default: the one that opens the format]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: all physical cores]")
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="Float checkpoint to compare with. [default: the source]"
+)
+@click.option("--text", type=click.Path(path_type=Path), help="Evaluation text. [default: a built-in one]")
+@click.option(
+    "--windows", type=click.IntRange(min=1), default=8, show_default=True, help="Windows of 512 tokens to score."
+)
+@click.option(
+    "--repetitions",
+    type=click.IntRange(min=2),
+    default=5,
+    show_default=True,
+    help="Timed repetitions, after a warm-up.",
+)
+@click.option(
+    "--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of the prefill measurement."
+)
+@click.option(
+    "--generate", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of the decode measurement."
+)
+@click.option("--no-fidelity", is_flag=True, help="Speed only: no perplexity, divergence or agreement.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines with every raw sample and the machine, on stdout.")
+def bench(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+    """Measure ARTIFACTS: speed, memory, and what quantization cost against the float model.
+
+    An artifact is a .gguf file or a folder that `r1q quantize` made. Without one, the newest folder in ./r1q-out is taken, or else
+    the embedded model. Each is opened in a process of its own; perplexity, KL divergence and top-1 agreement follow
+    llama-perplexity: 512-token windows, the second half scored.
+
+    \b
+    Examples:
+      r1q bench
+      r1q bench r1q-out/tiny-r1-bf16 r1q-out/tiny-r1-q4_k_m --windows 16
+      r1q bench model.gguf --reference ./model --text my.txt --json
+    """
+    from r1q.benchmarks.run import bench_command
+
+    bench_command(artifacts, as_json=as_json, output_root=OUTPUT_ROOT, **options)
+
+
+def _console(quiet: bool) -> Console:
+    from rich.console import Console
+
+    return Console(quiet=quiet, soft_wrap=True)
+
+
+def _show_plan(console: Console, plan: Plan) -> None:
+    grids = ", ".join(f"{count} × {grid}" for grid, count in plan.grids().items())
+    console.print(
+        f"{plan.model}: {plan.weights / 1e6:.1f} M weights, {plan.bytes / 1e6:.1f} MB, "
+        f"{plan.bits_per_weight:.3f} bits per weight ({grids})",
+        highlight=False,
+    )
+    for line in plan.fallback_lines():
+        console.print(f"  note: {line}", highlight=False)
+
+
+def _show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -> Path:
+    """Draw the progress of a run and return the path of what it made."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from r1q.plan.walk import Exported
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    result: Exported | None = None
+    kept = 0
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("quantize", total=len(plan.tensors))
+        for event in events:
+            if isinstance(event, Exported):
+                result = event
+            elif event.what == "kept":
+                kept += 1
+                progress.advance(task, event.count)
+            elif event.what == "tensor":
+                progress.update(task, advance=1, description=event.name)
+            elif event.what == "done":
+                progress.update(task, description="writing and proving the file")
+    if result is None:
+        raise RuntimeError("the run ended without an artifact")
+    if kept:
+        console.print(f"resumed: {kept} block files were finished before", highlight=False)
+    artifact = result.artifact
+    state = "already done" if result.already else "done"
+    console.print(
+        f"{state}: {result.path} ({artifact.bytes / 1e6:.1f} MB, sha256 {artifact.sha256[:12]}…)\n"
+        f"  tokenizer: {artifact.tokenizer_proof}\n"
+        f"  next: r1q bench {result.path.parent}",
+        highlight=False,
+    )
+    return result.path
