@@ -1,0 +1,116 @@
+"""The float32 arithmetic that llama.cpp's block searches rest on, bit for bit: roundings, halves, and the kernel decorator.
+
+Kernels run without fastmath and with IEEE division: the bytes of a file depend on the order and rounding of every operation.
+Numbers stay float32 throughout: a bare Python literal would turn an expression into float64, hence the constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.uint8]
+Halves = NDArray[np.uint16]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ZERO = np.float32(0.0)
+ONE = np.float32(1.0)
+HALF = np.float32(0.5)
+TINY_GROUP = np.float32(1e-15)
+"""A group whose largest magnitude is below this is stored as zeros (GROUP_MAX_EPS in llama.cpp's ggml-quants.c)."""
+
+_ROUNDING = np.float32(12582912.0)  # 1.5 · 2**23: adding it leaves the nearest integer, half to even, in the mantissa
+_INT_LIMIT = np.float32(2147483648.0)
+
+
+def kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile `function` to machine code that is kept on disk, releases the GIL and divides by zero as IEEE 754 says."""
+    compiled: Callable[P, R] = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    return compiled
+
+
+@kernel
+def nearest(value: np.float32) -> int:
+    """Return the nearest integer, half to even, for |value| < 2**22; beyond, and for NaN, what C reads from the mantissa."""
+    bits = np.float32(value + _ROUNDING).view(np.int32)
+    return int((bits & np.int32(0x007FFFFF)) - np.int32(0x00400000))
+
+
+@kernel
+def truncated(value: np.float32) -> int:
+    """Return `value` cut to an integer; 0 where C leaves the cast undefined (x86 then yields INT_MIN, whose low byte is 0)."""
+    return int(np.int32(value)) if abs(value) < _INT_LIMIT else 0
+
+
+@kernel
+def rounded_away(value: np.float32) -> int:
+    """Return the nearest integer, half away from zero (C's roundf), with `truncated`'s answer for what has none."""
+    whole = truncated(value)
+    rest = value - np.float32(whole)
+    if abs(value) < _INT_LIMIT and abs(rest) >= HALF:
+        return whole + (1 if value > ZERO else -1)
+    return whole
+
+
+@kernel
+def half_bits(value: np.float32) -> np.uint16:
+    """Return the bits of the float16 nearest to `value`, half to even, subnormals included; NaN becomes the quiet one."""
+    bits = np.int64(np.float32(value).view(np.uint32))
+    sign, magnitude = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF
+    if magnitude > 0x7F800000:
+        return np.uint16(sign | 0x7E00)
+    if magnitude >= 0x477FF000:  # 65520, the first number that rounds past the largest half
+        return np.uint16(sign | 0x7C00)
+    if (
+        magnitude < 0x38800000
+    ):  # below 2**-14: next to 0.5 a float32's last bit weighs 2**-24, as a subnormal half's does
+        shifted = np.int64(np.float32(abs(value) + HALF).view(np.uint32))
+        return np.uint16(sign | (shifted - 0x3F000000))
+    return np.uint16(sign | ((magnitude - 0x38000000 + 0x0FFF + ((magnitude >> 13) & 1)) >> 13))
+
+
+@kernel
+def half_value(bits: np.uint16) -> np.float32:
+    """Return the float32 that the float16 `bits` stand for."""
+    sign, exponent, mantissa = (np.int64(bits) & 0x8000) << 16, (np.int64(bits) >> 10) & 31, np.int64(bits) & 1023
+    if exponent == 0:
+        small = np.float32(mantissa) * np.float32(2.0**-24)
+        return -small if sign else small
+    widened = 0x7F800000 if exponent == 31 else (exponent + 112) << 23
+    return np.uint32(sign | widened | (mantissa << 13)).view(np.float32)
+
+
+@kernel
+def furthest(values: Floats) -> np.float32:
+    """Return the value of largest magnitude, the first of several; 0 where none is above 0."""
+    largest, magnitude = ZERO, ZERO
+    for value in values:
+        if abs(value) > magnitude:
+            largest, magnitude = value, abs(value)
+    return largest
+
+
+@kernel
+def sum_of_squares(values: Floats) -> np.float32:
+    """Return the sum of squares, added in order."""
+    total = ZERO
+    for value in values:
+        total += value * value
+    return total
+
+
+@kernel
+def weigh(values: Floats, importance: Floats, variance: np.float32, weights: Floats) -> np.float32:
+    """Fill `weights` with importance · sqrt(variance + value²), llama.cpp's weight of an error, and return their sum."""
+    total = ZERO
+    for i in range(values.size):
+        weight = importance[i] * np.sqrt(variance + values[i] * values[i])
+        weights[i] = weight
+        total += weight
+    return total
