@@ -1,11 +1,11 @@
-"""Every grid by name: its steps, and its rows as stored bytes. A table over `core/blocks.py` (more families join here)."""
+"""Every grid by name: its steps, and its rows as stored bytes. One door to `core/blocks.py` and `core/integers.py`."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from r1q.core import blocks
+from r1q.core import blocks, integers
 from r1q.core.qtensor import Codes, Floats, Params, QuantizedTensor, Steps
 from r1q.core.scheme import Scheme
 
@@ -14,18 +14,22 @@ Bytes = NDArray[np.uint8]
 
 def steps(scheme: Scheme, params: Params, columns: int) -> Steps:
     """Return how codes of rows of `columns` weights become values under `scheme` and `params`."""
-    del columns
+    if scheme.facts.family == "int":
+        return integers.steps_of_integers(scheme, params, columns)
     return blocks.steps_of_blocks(scheme.grid, params)
 
 
 def pack(scheme: Scheme, codes: Codes, params: Params) -> Bytes:
     """Return the stored bytes [rows, row_bytes] of quantized rows."""
+    if scheme.facts.family == "int":
+        return integers.pack_integers(scheme, codes, params)
     return blocks.pack(scheme.grid, codes, params)
 
 
 def unpack(scheme: Scheme, packed: Bytes, columns: int) -> QuantizedTensor:
     """Return the quantized rows of `columns` weights that `packed` [rows, row_bytes] holds."""
-    del columns
+    if scheme.facts.family == "int":
+        return integers.unpack_integers(scheme, packed, columns)
     codes, params = blocks.unpack(scheme.grid, packed)
     return QuantizedTensor(scheme=scheme, codes=codes, params=params)
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from r1q.core.errors import InputError, UsageError, unknown_name
 from r1q.core.mixtures import MIXTURES, ModelShape, fallback_grid, mixture_grid
-from r1q.core.scheme import FLOAT_GRIDS, GGML_GRIDS, GRIDS, Scheme
+from r1q.core.scheme import FLOAT_GRIDS, GGML_GRIDS, GRIDS, INT_GRIDS, WHOLE_ROW, Scheme
 from r1q.core.tensors import TensorSpec
 
 # `--bits N` for a GGUF file alone: the preset of that size which llama.cpp's users take.
 BITS_PRESETS: Mapping[int, str] = {2: "q2_k", 3: "q3_k_m", 4: "q4_k_m", 5: "q5_k_m", 6: "q6_k", 8: "q8_0"}
 PRESETS = (*MIXTURES, *FLOAT_GRIDS)
 _MAX_RECIPE_BYTES = 1 << 20
+_INTEGER_KEYS = ("group_size", "symmetric")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ class Recipe:
         ...                  default_name="mine", where="mine.toml").rules[0].scheme.grid
         'q6_k'
         """
-        unknown = set(value) - {"name", "base", "rules"}
+        unknown = set(value) - {"name", "base", "rules", *_INTEGER_KEYS}
         if unknown:
             raise InputError(f"{where}: unknown key {sorted(unknown)[0]!r}; a recipe has name, base and rules")
         name, base, rules = value.get("name", default_name), value.get("base"), value.get("rules", [])
@@ -89,24 +90,45 @@ class Recipe:
             raise InputError(f"{where}: base is missing; name a preset or grid for the tensors that no rule matches")
         if not isinstance(rules, Sequence):
             raise InputError(f"{where}: rules must be [[rules]] tables")
-        return replace(cls.named(base), name=name, rules=tuple(_rule(rule, where) for rule in rules))
+        found = tuple(_rule(rule, where) for rule in rules)
+        if base in INT_GRIDS:
+            return cls(name=name, base=_scheme(base, value, where), rules=found)
+        return replace(cls.named(base), name=name, rules=found)
 
     def to_dict(self) -> dict[str, object]:
         """Return the recipe as JSON or TOML can hold it; `from_dict` reads it back."""
-        base = self.base if isinstance(self.base, str) else self.base.grid
-        rules = [{"tensors": rule.tensors, "grid": rule.scheme.grid} for rule in self.rules]
-        return {"name": self.name, "base": base, "rules": rules}
+        base = {"base": self.base} if isinstance(self.base, str) else _spelled(self.base, "base")
+        rules = [{"tensors": rule.tensors, **_spelled(rule.scheme, "grid")} for rule in self.rules]
+        return {"name": self.name, **base, "rules": rules}
+
+
+def _spelled(scheme: Scheme, key: str) -> dict[str, object]:
+    if scheme.facts.family != "int":
+        return {key: scheme.grid}
+    return {key: scheme.grid, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
 
 
 def _rule(value: object, where: str) -> Rule:
-    if not isinstance(value, Mapping) or set(value) != {"tensors", "grid"}:
-        raise InputError(f'{where}: a rule is tensors = "glob" and grid = "name", nothing else')
+    if not isinstance(value, Mapping) or not {"tensors", "grid"} <= set(value) <= {"tensors", "grid", *_INTEGER_KEYS}:
+        raise InputError(
+            f'{where}: a rule is tensors = "glob" and grid = "name", and group_size and symmetric for integers'
+        )
     tensors, grid = value["tensors"], value["grid"]
     if not isinstance(tensors, str) or not isinstance(grid, str):
         raise InputError(f"{where}: tensors and grid of a rule are strings")
     if grid not in GRIDS:
         raise InputError(f"{where}: {unknown_name('grid', grid, GRIDS)}")
-    return Rule(tensors=tensors, scheme=Scheme(grid=grid))
+    return Rule(tensors=tensors, scheme=_scheme(grid, value, where))
+
+
+def _scheme(grid: str, value: Mapping[str, object], where: str) -> Scheme:
+    group_size, symmetric = value.get("group_size"), value.get("symmetric", True)
+    if not (group_size is None or type(group_size) is int) or type(symmetric) is not bool:
+        raise InputError(f"{where}: group_size is a number and symmetric is true or false")
+    try:
+        return Scheme(grid=grid, group_size=group_size, symmetric=symmetric)
+    except UsageError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,13 +169,55 @@ def _resolve_one(recipe: Recipe, spec: TensorSpec, shape: ModelShape) -> Planned
     if wanted.facts.family == "ggml":
         stored = Scheme(grid=fallback_grid(wanted.grid, spec))
         return PlannedTensor(spec=spec, scheme=stored, wanted=wanted.grid)
+    if not wanted.divides(spec.columns):
+        raise UsageError(
+            f"{spec.name}: rows of {spec.columns} weights do not split into groups of {wanted.group_size}; "
+            f"group sizes that do: {', '.join(map(str, group_sizes(spec.columns)))}, or -1 for the whole row"
+        )
     return PlannedTensor(spec=spec, scheme=wanted, wanted=wanted.grid)
+
+
+GROUP_SIZES = (128, 64, 32)
+
+
+def group_sizes(columns: int) -> list[int]:
+    """Return the usual group sizes that divide a row of `columns` weights, largest first."""
+    return [size for size in GROUP_SIZES if columns % size == 0]
+
+
+def integer_recipe(bits: int, group_size: int | None, symmetric: bool, tensors: Iterable[TensorSpec]) -> Recipe:
+    """Return the recipe for `bits`-bit integers in every block, with an 8-bit embedding and head (float where 32 does not divide).
+
+    `group_size` None takes the largest of 128, 64 and 32 that divides every row, else the whole row. Symmetric int4 and int8 in
+    groups of 32 are llama.cpp's q4_0 and q8_0, and named so.
+    """
+    matrices = [spec for spec in tensors if spec.is_matrix]
+    inside = [spec for spec in matrices if spec.layer is not None]
+    if group_size is None:
+        common = [size for size in GROUP_SIZES if all(spec.columns % size == 0 for spec in inside)]
+        group_size = common[0] if common else WHOLE_ROW
+    scheme = Scheme(grid=f"int{bits}", group_size=group_size, symmetric=symmetric)
+    eight, half = Scheme(grid="q8_0"), Scheme(grid="f16")
+    rules = tuple(
+        Rule(tensors=spec.gguf_name, scheme=eight if eight.divides(spec.columns) else half)
+        for spec in matrices
+        if spec.layer is None
+    )
+    label = f"int{bits}-{'row' if group_size == WHOLE_ROW else f'g{group_size}'}{'' if symmetric else '-asym'}"
+    return Recipe(name=label, base=canonical(scheme), rules=rules)
+
+
+def canonical(scheme: Scheme) -> Scheme:
+    """Return the scheme under its one name: symmetric int4 and int8 in groups of 32 are q4_0 and q8_0."""
+    if scheme.symmetric and scheme.group_size == 32 and scheme.grid in ("int4", "int8"):
+        return Scheme(grid={"int4": "q4_0", "int8": "q8_0"}[scheme.grid])
+    return scheme
 
 
 def _wanted(recipe: Recipe, spec: TensorSpec, shape: ModelShape) -> Scheme:
     for rule in recipe.rules:
         if rule.matches(spec):
-            return rule.scheme
+            return canonical(rule.scheme)
     if isinstance(recipe.base, Scheme):
-        return recipe.base
+        return canonical(recipe.base)
     return Scheme(grid=mixture_grid(recipe.base, spec, shape))

@@ -1,13 +1,31 @@
-"""From `--bits`, `--scheme` and `--to` to one recipe, with the reason in a sentence."""
+"""From `--bits`, `--scheme`, `--group-size` and `--to` to one recipe, with the reason in a sentence."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from r1q.core.errors import UsageError, unknown_name
-from r1q.core.recipe import BITS_PRESETS, Recipe
+from r1q.core.errors import UsageError
+from r1q.core.recipe import BITS_PRESETS, Recipe, integer_recipe
+from r1q.core.tensors import TensorSpec
 
-FORMATS = ("gguf",)
+INTEGER_BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What the options say. `formats` empty means the checkpoint alone."""
+
+    bits: int | None = None
+    scheme: str | None = None
+    group_size: int | None = None
+    symmetric: bool = True
+    formats: tuple[str, ...] = ("gguf",)
+
+    @property
+    def integers(self) -> bool:
+        """Whether the options mean an integer grid and not one of GGUF's own presets."""
+        return self.formats != ("gguf",) or self.group_size is not None or not self.symmetric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,34 +36,46 @@ class Choice:
     reason: str
 
 
-def choose_recipe(*, bits: int | None, scheme: str | None) -> Choice:
-    """Return the recipe that the options mean.
+def choose_recipe(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
+    """Return the recipe that the options mean for a model with `tensors`.
 
-    Raises `UsageError` when both or an unknown one is given.
+    Raises `UsageError` when options contradict each other or a name is unknown.
     """
-    if bits is not None and scheme is not None:
+    if wish.bits is not None and wish.scheme is not None:
         raise UsageError("give --bits or --scheme, not both: --scheme already says the bits")
-    if scheme is not None:
-        recipe = Recipe.load(scheme)
+    if wish.scheme is not None:
+        if wish.group_size is not None or not wish.symmetric:
+            raise UsageError("--group-size and --asymmetric go with --bits; a --scheme has its own blocks")
+        recipe = Recipe.load(wish.scheme)
         return Choice(recipe=recipe, reason=f"{recipe.name}, as --scheme says")
-    wanted = 4 if bits is None else bits
-    if wanted not in BITS_PRESETS:
-        known = ", ".join(str(known) for known in BITS_PRESETS)
-        raise UsageError(f"no preset has {wanted} bits; --bits takes {known}")
-    preset = BITS_PRESETS[wanted]
-    asked = "4 bits (the default)" if bits is None else f"--bits {wanted}"
-    return Choice(
-        recipe=Recipe.named(preset),
-        reason=f"{preset}: {asked} in a GGUF file means llama.cpp's usual {wanted}-bit preset",
-    )
+    return _integers(wish, tensors) if wish.integers else _preset(wish)
 
 
-def check_formats(names: str) -> tuple[str, ...]:
-    """Return the formats of a comma-separated list. Raises `UsageError` for one that cannot be written."""
-    formats = tuple(dict.fromkeys(part.strip().lower() for part in names.split(",") if part.strip()))
-    for name in formats:
-        if name not in FORMATS:
-            raise UsageError(unknown_name("format", name, FORMATS))
-    if not formats:
-        raise UsageError(f"--to needs a format: {', '.join(FORMATS)}")
-    return formats
+def _preset(wish: Wish) -> Choice:
+    bits = 4 if wish.bits is None else wish.bits
+    if bits not in BITS_PRESETS:
+        raise UsageError(f"no preset has {bits} bits; --bits takes {', '.join(map(str, BITS_PRESETS))}")
+    preset = BITS_PRESETS[bits]
+    reason = f"{preset}: {_asked(wish)} in a GGUF file means llama.cpp's usual {bits}-bit preset"
+    return Choice(recipe=Recipe.named(preset), reason=reason)
+
+
+def _integers(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
+    bits = 4 if wish.bits is None else wish.bits
+    if bits not in INTEGER_BITS:
+        raise UsageError(f"there is no {bits}-bit integer grid; --bits takes {', '.join(map(str, INTEGER_BITS))} here")
+    group_size = 32 if wish.group_size is None and "gguf" in wish.formats else wish.group_size
+    recipe = integer_recipe(bits, group_size, wish.symmetric, tensors)
+    base = recipe.base if isinstance(recipe.base, str) else str(recipe.base)
+    if wish.group_size is not None:
+        why = f"groups of {wish.group_size} as asked" if wish.group_size > 0 else "one group a row as asked"
+    elif group_size == 32:
+        why = "groups of 32, which GGUF and GPTQ both hold"
+    else:
+        why = "the largest usual group that divides every row"
+    reason = f"{recipe.name} ({base}): {_asked(wish)}, {why}; embedding and head in 8 bits"
+    return Choice(recipe=recipe, reason=reason)
+
+
+def _asked(wish: Wish) -> str:
+    return "4 bits (the default)" if wish.bits is None else f"--bits {wish.bits}"
