@@ -46,7 +46,6 @@ def _search(module: str, plain: str, plain_with: tuple[object, ...], weighted: s
     return Search(module=module, plain=plain, plain_with=plain_with, weighted=weighted, weighted_with=more)
 
 
-_Q5_FIRST = np.float32(-0.5)
 SEARCHES: Mapping[str, Search] = MappingProxyType(
     {
         "q4_0": _search("simple_blocks", "signed_plain", (8,), "signed_weighted", 8),
@@ -57,7 +56,10 @@ SEARCHES: Mapping[str, Search] = MappingProxyType(
         "q2_k": _search("offset_super_blocks", "plain", (3, np.float32(-0.5), 15), "weighted", 3),
         "q4_k": _search("offset_super_blocks", "plain", (15, np.float32(-1.0), 20), "weighted", 15),
         "q5_k": _search("offset_super_blocks", "plain", (31, np.float32(-0.5), 15), "weighted", 31),
+        "q3_k": _search("symmetric_super_blocks", "q3_plain", (), "q3_weighted"),
         "q6_k": _search("symmetric_super_blocks", "q6_plain", (), "q6_weighted"),
+        "iq4_nl": _search("codebook_blocks", "lone_plain", (), "lone"),
+        "iq4_xs": _search("codebook_blocks", "joined_plain", (), "joined"),
     }
 )
 

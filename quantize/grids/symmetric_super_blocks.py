@@ -20,8 +20,10 @@ from r1q.quantize.grids.arithmetic import (
     half_value,
     kernel,
     nearest,
+    sum_of_squares,
+    weigh,
 )
-from r1q.quantize.grids.symmetric_scale import search_symmetric, signed_code
+from r1q.quantize.grids.symmetric_scale import refine_symmetric, search_symmetric, signed_code
 
 _BLOCK = 256
 _GROUP = 16
@@ -83,3 +85,50 @@ def q6_weighted(weights: Floats, importance: Floats, codes: Codes, d: Halves, sc
             here = slice(block * _BLOCK, (block + 1) * _BLOCK)
             groups = slice(block * _GROUPS, (block + 1) * _GROUPS)
             d[row, block] = _q6_block(weights[row, here], importance[here], codes[row, here], sc[row, groups])
+
+
+@kernel
+def _q3_settle(values: Floats, scales: NDArray[np.int64], d: np.uint16, sc: Codes, codes: Codes) -> None:
+    """Store the signed scales of a q3_k super-block with 32 as their zero and spell its codes under them."""
+    for j in range(_GROUPS):
+        sc[j] = scales[j] + 32
+    _spell_block(values, d, scales, 4, codes)
+
+
+@kernel
+def q3_plain(weights: Floats, codes: Codes, d: Halves, sc: Codes) -> None:
+    """Fill all fields of q3_k without importance: codes are refined one by one, scales rounded from the furthest."""
+    scales, stored = np.empty(_GROUPS, np.float32), np.empty(_GROUPS, np.int64)
+    for row in range(weights.shape[0]):
+        for block in range(d.shape[1]):
+            here = slice(block * _BLOCK, (block + 1) * _BLOCK)
+            values, spelled = weights[row, here], codes[row, here]
+            for j in range(_GROUPS):
+                part = slice(j * _GROUP, (j + 1) * _GROUP)
+                scales[j] = refine_symmetric(values[part], 4, spelled[part])
+            peak = furthest(scales)
+            inverse = np.float32(-32.0) / peak if peak != ZERO else ZERO
+            for j in range(_GROUPS):
+                stored[j] = signed_code(inverse * scales[j], 32) if peak != ZERO else -32
+            d[row, block] = half_bits(ONE / inverse if peak != ZERO else ZERO)
+            _q3_settle(values, stored, d[row, block], sc[row, block * _GROUPS : (block + 1) * _GROUPS], spelled)
+
+
+@kernel
+def q3_weighted(weights: Floats, importance: Floats, codes: Codes, d: Halves, sc: Codes) -> None:
+    """Fill all fields of q3_k with importance: groups, then their scales, by the search for a symmetric scale."""
+    errors, sums = np.empty(_GROUP, np.float32), np.empty(_GROUPS, np.float32)
+    scales, stored, coarse = np.empty(_GROUPS, np.float32), np.empty(_GROUPS, np.int64), np.empty(_GROUPS, np.uint8)
+    for row in range(weights.shape[0]):
+        for block in range(d.shape[1]):
+            start = block * _BLOCK
+            values, spelled = weights[row, start : start + _BLOCK], codes[row, start : start + _BLOCK]
+            variance = np.float32(2.0) * sum_of_squares(values) / np.float32(_BLOCK)
+            for j in range(_GROUPS):
+                part = slice(j * _GROUP, (j + 1) * _GROUP)
+                sums[j] = weigh(values[part], importance[start:][part], variance, errors)
+                scales[j] = search_symmetric(values[part], errors, 4, spelled[part])
+            d[row, block] = half_bits(search_symmetric(scales, sums, 32, coarse))
+            for j in range(_GROUPS):
+                stored[j] = int(np.int64(coarse[j])) - 32
+            _q3_settle(values, stored, d[row, block], sc[row, block * _GROUPS : (block + 1) * _GROUPS], spelled)
