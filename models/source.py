@@ -86,7 +86,9 @@ class ModelSource:
         """
         stored = self.raw_rows(name, start, stop)
         if self.spec(name).dtype == "BF16":
-            return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            wide = stored.astype(np.uint32)
+            wide <<= 16  # bfloat16 is the upper half of float32
+            return wide.view(np.float32)
         return stored.astype(np.float32, copy=False)
 
     def raw_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
