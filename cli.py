@@ -27,7 +27,7 @@ class _Refusal(click.ClickException):
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code: int = exit_code  # type: ignore[misc]  # click declares it on the class
 
 
 class _Group(click.Group):
@@ -68,7 +68,11 @@ def main() -> None:
     metavar="NAME|FILE",
     help="A preset (q4_0, q4_k_m, q6_k, q8_0, bf16, …), one grid for every matrix (q4_k) or a recipe file (mix.toml).",
 )
-@click.option("--to", "formats", default="gguf", show_default=True, metavar="FORMAT", help="What to write: gguf.")
+@click.option(
+    "--to", "formats", default="gguf", show_default=True, metavar="FORMAT,…", help="gguf, gptq, both, or checkpoint."
+)
+@click.option("--group-size", type=int, metavar="N", help="Integers in groups of 32, 64, 128, or -1 for a whole row.")
+@click.option("--asymmetric", is_flag=True, help="Integers with a zero point a group.")
 @click.option(
     "--method", type=click.Choice(["rtn"]), default="rtn", show_default=True, help="rtn: round to nearest, no data."
 )
@@ -85,6 +89,8 @@ def quantize(
     bits: int | None,
     scheme: str | None,
     formats: str,
+    group_size: int | None,
+    asymmetric: bool,
     method: str,
     output: Path | None,
     dry_run: bool,
@@ -105,17 +111,20 @@ def quantize(
     A recipe file is TOML: base = "q4_k_m" and [[rules]] of tensors = "*.ffn_down.weight", grid = "q6_k".
     """
     from r1q.core.artifact import OutputFolder
+    from r1q.core.formats import parse_formats
     from r1q.models.embedded import open_model
-    from r1q.plan.choose import check_formats, choose_recipe
+    from r1q.plan.choose import Wish, choose_recipe
     from r1q.plan.plan import make_plan
     from r1q.plan.walk import quantize_model
 
     console = _console(quiet)
-    check_formats(formats)
-    choice = choose_recipe(bits=bits, scheme=scheme)
-    console.print(choice.reason, highlight=False)
+    wish = Wish(
+        bits=bits, scheme=scheme, group_size=group_size, symmetric=not asymmetric, formats=parse_formats(formats)
+    )
     source = open_model(model)
-    plan = make_plan(source, choice.recipe)
+    choice = choose_recipe(wish, source.tensors)
+    console.print(choice.reason, highlight=False)
+    plan = make_plan(source, choice.recipe, wish.formats)
     _show_plan(console, plan)
     if strict and plan.fallbacks:
         raise click.UsageError(f"--strict: {plan.fallback_lines()[0]}")
@@ -123,9 +132,10 @@ def quantize(
     if dry_run:
         return
     events = quantize_model(source, plan, OutputFolder(folder), method=method)
-    path = _show_run(console, events, plan)
-    if quiet:
-        click.echo(str(path))
+    for path in _show_run(console, events, plan):
+        if quiet:
+            click.echo(str(path))
+    console.print(f"next: r1q bench {folder}", highlight=False)
 
 
 @main.command()
@@ -190,8 +200,8 @@ def _show_plan(console: Console, plan: Plan) -> None:
         console.print(f"  note: {line}", highlight=False)
 
 
-def _show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -> Path:
-    """Draw the progress of a run and return the path of what it made."""
+def _show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -> list[Path]:
+    """Draw the progress of a run and return the paths of what it made."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -210,30 +220,25 @@ def _show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) 
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    result: Exported | None = None
+    results: list[Exported] = []
     kept = 0
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("quantize", total=len(plan.tensors))
         for event in events:
             if isinstance(event, Exported):
-                result = event
+                results.append(event)
             elif event.what == "kept":
                 kept += 1
                 progress.advance(task, event.count)
             elif event.what == "tensor":
                 progress.update(task, advance=1, description=event.name)
             elif event.what == "done":
-                progress.update(task, description="writing and proving the file")
-    if result is None:
-        raise RuntimeError("the run ended without an artifact")
+                progress.update(task, description="writing files")
     if kept:
         console.print(f"resumed: {kept} block files were finished before", highlight=False)
-    artifact = result.artifact
-    state = "already done" if result.already else "done"
-    console.print(
-        f"{state}: {result.path} ({artifact.bytes / 1e6:.1f} MB, sha256 {artifact.sha256[:12]}…)\n"
-        f"  tokenizer: {artifact.tokenizer_proof}\n"
-        f"  next: r1q bench {result.path.parent}",
-        highlight=False,
-    )
-    return result.path
+    for result in results:
+        state = "already done" if result.already else "done"
+        console.print(f"{state}: {result.path} ({result.artifact.bytes / 1e6:.1f} MB)", highlight=False)
+        for note in result.artifact.notes:
+            console.print(f"  {note}", highlight=False)
+    return [result.path for result in results]

@@ -22,14 +22,17 @@ ARTIFACTS, CHECKPOINT, WHERE = "artifacts.json", "checkpoint", "where.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """A finished file: `format` (gguf), `file` beside artifacts.json, its `bytes` and `sha256`, and the manifest's sha256."""
+    """A finished foreign file or folder: `name` beside artifacts.json, total `bytes`, and the sha256 of every file in it.
+
+    `manifest_sha256` is that of the checkpoint's manifest it was written from; `notes` are lines for the user.
+    """
 
     format: str
-    file: str
+    name: str
     bytes: int
-    sha256: str
+    files: Mapping[str, str]
     manifest_sha256: str
-    tokenizer_proof: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +63,27 @@ class OutputFolder:
         """Return the recorded artifacts by format; files that are gone or changed in size are left out."""
         try:
             listed = json.loads((self.path / ARTIFACTS).read_bytes())
-            found = {fmt: Artifact(**{**value, "format": fmt}) for fmt, value in listed.items()}
+            found = {
+                fmt: Artifact(**{**value, "format": fmt, "notes": tuple(value["notes"])})
+                for fmt, value in listed.items()
+            }
         except FileNotFoundError:
             return {}
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise InputError(
                 f"{self.path / ARTIFACTS} is damaged ({error}); delete it and run r1q quantize again"
             ) from error
         return {fmt: artifact for fmt, artifact in found.items() if self._whole(artifact)}
 
     def _whole(self, artifact: Artifact) -> bool:
-        path = self.path / artifact.file
-        return path.is_file() and path.stat().st_size == artifact.bytes
+        if Path(artifact.name).name != artifact.name or artifact.name in ("", ".", ".."):
+            raise InputError(
+                f"{self.path / ARTIFACTS} names a file outside its folder; delete it and run r1q quantize again"
+            )
+        files = artifact_files(self.path / artifact.name)
+        return (
+            set(files) == set(artifact.files) and sum(path.stat().st_size for path in files.values()) == artifact.bytes
+        )
 
     def current(self, format: str) -> Artifact | None:
         """Return the artifact of `format` if it was written from the checkpoint as it is now."""
@@ -81,15 +93,16 @@ class OutputFolder:
             return None
         return artifact
 
-    def record(self, format: str, file: Path, tokenizer_proof: str) -> Artifact:
+    def record(self, format: str, path: Path, notes: tuple[str, ...]) -> Artifact:
         """Hash a finished artifact and list it in artifacts.json."""
+        files = artifact_files(path)
         artifact = Artifact(
             format=format,
-            file=file.name,
-            bytes=file.stat().st_size,
-            sha256=sha256_file(file),
+            name=path.name,
+            bytes=sum(file.stat().st_size for file in files.values()),
+            files={name: sha256_file(file) for name, file in files.items()},
             manifest_sha256=sha256_file(self.checkpoint / MANIFEST),
-            tokenizer_proof=tokenizer_proof,
+            notes=notes,
         )
         listed = {**self.artifacts(), format: artifact}
         write_json(self.path / ARTIFACTS, {name: asdict(value) for name, value in listed.items()})
@@ -98,6 +111,13 @@ class OutputFolder:
     def remember_source(self, source: Path) -> None:
         """Write where the source checkpoint is on this machine, for `r1q bench` to compare with."""
         write_json(self.path / WHERE, {"source": str(source.resolve())})
+
+
+def artifact_files(path: Path) -> dict[str, Path]:
+    """Return the files of an artifact by their path inside it: a file is itself, a folder all that lie directly in it."""
+    if path.is_dir():
+        return {entry.name: entry for entry in sorted(path.iterdir()) if entry.is_file()}
+    return {path.name: path} if path.is_file() else {}
 
 
 def find_reference(artifact: Path) -> Path | None:

@@ -74,9 +74,29 @@ def _check_vocabulary(path: Path, metadata: Mapping[str, Value], tensors: Mappin
     for key in ("tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
         if key in metadata and _length(metadata[key]) != count:
             _refuse(path, f"{key} has {_length(metadata[key])} entries for {count} tokens")
+    if tokens is not None:
+        _check_tokens(path, tokens)
+    for name in ("bos", "eos"):
+        marker = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if metadata.get(f"tokenizer.ggml.add_{name}_token") is True and isinstance(marker, int) and marker >= count:
+            _refuse(path, f"tokenizer.ggml.{name}_token_id is {marker} for {count} tokens")
     embedding = tensors.get("token_embd.weight")
     if tokens is not None and embedding is not None and (len(embedding.shape) != 2 or embedding.shape[0] != count):
         _refuse(path, f"token_embd.weight has the shape {list(embedding.shape)} for {count} tokens")
+
+
+def _check_tokens(path: Path, tokens: Value) -> None:
+    """Refuse a token spelled twice: llama.cpp aborts the process on one. (It renames empty ones itself.)"""
+    stored = getattr(tokens, "raw", None)
+    if stored is None:
+        return
+    seen: set[bytes] = set()
+    for index in range(_length(tokens)):
+        token = stored(index)
+        if token in seen:
+            _refuse(path, f"tokenizer.ggml.tokens[{index}] repeats an earlier token")
+        if token:
+            seen.add(token)
 
 
 def _check_split(path: Path, metadata: Mapping[str, Value]) -> bool:

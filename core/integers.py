@@ -56,7 +56,7 @@ def pack_bits(codes: Codes, bits: int) -> Bytes:
     if bits == 8:
         return np.ascontiguousarray(codes)
     if bits == 4 and codes.shape[1] % 2 == 0:
-        return codes[:, 0::2] | (codes[:, 1::2] << 4)
+        return np.asarray(codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4)), dtype=np.uint8)
     planes = np.unpackbits(codes[..., None], axis=2, count=bits, bitorder="little")
     return np.packbits(planes.reshape(codes.shape[0], -1), axis=1, bitorder="little")
 
@@ -67,6 +67,6 @@ def unpack_bits(packed: Bytes, bits: int, columns: int) -> Codes:
         return np.ascontiguousarray(packed)
     rows = packed.shape[0]
     if bits == 4 and columns % 2 == 0:
-        return np.stack([packed & 15, packed >> 4], axis=2).reshape(rows, columns)
+        return np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=2).reshape(rows, columns)
     planes = np.unpackbits(packed, axis=1, count=columns * bits, bitorder="little").reshape(rows, columns, bits)
     return np.packbits(planes, axis=2, bitorder="little")[..., 0]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from r1q.core.errors import ResourceError
+from r1q.core.formats import refuse_unfit
 from r1q.core.mixtures import ModelShape
 from r1q.core.recipe import PlannedTensor, Recipe, resolve
 from r1q.models.config import ModelConfig
@@ -24,6 +26,7 @@ class Plan:
     model: str
     recipe: Recipe
     tensors: tuple[PlannedTensor, ...]
+    formats: tuple[str, ...]
 
     @property
     def weights(self) -> int:
@@ -57,10 +60,10 @@ class Plan:
             for (wanted, grid, columns), count in kinds.items()
         ]
 
-    def check_disk(self, folder: Path, copies: int) -> None:
-        """Raise `ResourceError` when the disk of `folder` cannot take `copies` of the weights."""
+    def check_disk(self, folder: Path) -> None:
+        """Raise `ResourceError` when the disk of `folder` cannot take the checkpoint and a file of each format."""
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        need, free = copies * self.bytes + _METADATA_BYTES, shutil.disk_usage(existing).free
+        need, free = (1 + len(self.formats)) * self.bytes + _METADATA_BYTES, shutil.disk_usage(existing).free
         if need > free:
             raise ResourceError(
                 f"{folder} needs {need / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free; free space or choose another -o"
@@ -78,7 +81,11 @@ def model_shape(config: ModelConfig) -> ModelShape:
     )
 
 
-def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
-    """Return what `recipe` makes of `source`. Raises `UsageError` for a recipe that does not fit the model."""
-    shape = model_shape(source.config)
-    return Plan(model=source.config.name, recipe=recipe, tensors=resolve(recipe, source.tensors, shape))
+def make_plan(source: ModelSource, recipe: Recipe, formats: Sequence[str]) -> Plan:
+    """Return what `recipe` makes of `source` for `formats`.
+
+    Raises `UsageError` for a recipe that does not fit the model, or that a format cannot hold.
+    """
+    tensors = resolve(recipe, source.tensors, model_shape(source.config))
+    refuse_unfit(tensors, formats)
+    return Plan(model=source.config.name, recipe=recipe, tensors=tensors, formats=tuple(formats))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from r1q.quantize.run import Event, Request, quantize_checkpoint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """The last event: an artifact, and whether it was there already."""
+    """A finished artifact, and whether it was there already."""
 
     artifact: Artifact
     path: Path
@@ -30,28 +30,51 @@ def versions() -> dict[str, str]:
     return {"r1q": __version__, "numpy": version("numpy"), "numba": version("numba")}
 
 
-def quantize_model(
-    source: ModelSource, plan: Plan, output: OutputFolder, *, method: str = "rtn"
-) -> Iterator[Event | Exported]:
-    """Quantize and export `source` as `plan` says into `output`, yielding events; the last one is the artifact.
+def quantize_model(source: ModelSource, plan: Plan, output: OutputFolder, *, method: str) -> Iterator[Event | Exported]:
+    """Quantize and export `source` as `plan` says into `output`, yielding events; one `Exported` for each format.
 
     The same call on a finished folder yields «already done» and changes nothing.
     """
+    output.refuse_foreign()
+    request = Request(model=plan.model, recipe=plan.recipe, planned=plan.tensors, method=method, versions=versions())
+    finished = (output.checkpoint / "manifest.json").is_file()
+    if not finished:
+        plan.check_disk(output.path)
+    yield from quantize_checkpoint(source, request, output.checkpoint)
+    if not finished:
+        output.remember_source(source.path)
+    yield from export_checkpoint(output, plan.formats)
+
+
+def export_checkpoint(output: OutputFolder, formats: Sequence[str]) -> Iterator[Exported]:
+    """Write every format that is not there yet from the checkpoint in `output`; never quantizes."""
+    for name in formats:
+        current = output.current(name)
+        if current is None:
+            remove_leftovers(output.path)
+            checkpoint = QuantizedCheckpoint.open(output.checkpoint)
+            path, notes = _EXPORTERS[name](checkpoint, output.path)
+            current, already = output.record(name, path, notes), False
+        else:
+            already = True
+        yield Exported(artifact=current, path=output.path / current.name, already=already)
+
+
+def _gguf(checkpoint: QuantizedCheckpoint, folder: Path) -> tuple[Path, tuple[str, ...]]:
     from r1q.export.gguf import write_gguf
     from r1q.export.pretokenizer import prove_tokenizer
 
-    output.refuse_foreign()
-    request = Request(model=plan.model, recipe=plan.recipe, planned=plan.tensors, method=method, versions=versions())
-    events = quantize_checkpoint(source, request, output.checkpoint)
-    yield from events
-    current = output.current("gguf")
-    if current is not None:
-        yield Exported(artifact=current, path=output.path / current.file, already=True)
-        return
-    remove_leftovers(output.path)
-    output.remember_source(source.path)
-    checkpoint = QuantizedCheckpoint.open(output.checkpoint)
-    path = write_gguf(checkpoint, output.path)
-    proof = prove_tokenizer(path, checkpoint.sidecar)
-    artifact = output.record("gguf", path, proof)
-    yield Exported(artifact=artifact, path=path, already=False)
+    path = write_gguf(checkpoint, folder)
+    return path, (f"tokenizer: {prove_tokenizer(path, checkpoint.sidecar)}",)
+
+
+def _gptq(checkpoint: QuantizedCheckpoint, folder: Path) -> tuple[Path, tuple[str, ...]]:
+    from r1q.export.gptq import write_gptq
+
+    return write_gptq(checkpoint, folder), ("opens in transformers (with gptqmodel) and vLLM",)
+
+
+_EXPORTERS: dict[str, Callable[[QuantizedCheckpoint, Path], tuple[Path, tuple[str, ...]]]] = {
+    "gguf": _gguf,
+    "gptq": _gptq,
+}

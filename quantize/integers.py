@@ -38,7 +38,7 @@ def nearest_codes(grouped: Floats, scales: Floats, zeros: Codes, lowest: int, hi
     """Return the codes [rows, groups, group] nearest to the weights; a zero scale gives the zero code."""
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
     codes = np.rint(grouped * inverse[..., None]) + zeros[..., None].astype(np.float32)
-    return np.clip(codes, lowest, highest).astype(np.uint8)
+    return np.asarray(np.clip(codes, lowest, highest), dtype=np.uint8)
 
 
 def stored_scale(scales: Floats) -> NDArray[np.float16]:

@@ -30,7 +30,7 @@ class FloatSource(Protocol):
     """Where float weights come from: `models.source.ModelSource`, or anything that reads rows by name."""
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
-        """Return rows [stop − start, columns] in float32; of a vector, its entries."""
+        """Return rows [stop − start, columns] in float32; a vector is one row, returned flat."""
         ...
 
     def fingerprint(self) -> Mapping[str, str]:
@@ -123,8 +123,7 @@ def _write_block(
     """Write one block file, appending a record to `done` for each tensor; an event follows each."""
     entries = [stored_entry(tensor) for tensor in tensors]
     pieces = (piece for tensor in tensors for piece in _stored_slabs(source, tensor, path.name, done))
-    with atomic_path(path) as temporary:
-        write_safetensors(temporary, entries, pieces, metadata={"format": "r1q"})
+    write_safetensors(path, entries, pieces, metadata={"format": "r1q"})
     for record in done:
         yield Event(what="tensor", name=record.spec.name, count=1, record=record)
 
@@ -133,13 +132,12 @@ def _stored_slabs(source: FloatSource, planned: PlannedTensor, file: str, done: 
     """Yield a tensor's stored bytes slab by slab; at the end append its record."""
     spec, digest = planned.spec, hashlib.sha256()
     squared_error = squared_weight = 0.0
-    vector = len(spec.shape) == 1
-    step = spec.rows if vector else max(1, SLAB_WEIGHTS // spec.columns)
+    step = max(1, SLAB_WEIGHTS // spec.columns)
     for start in range(0, spec.rows, step):
         stop = min(start + step, spec.rows)
-        weights = source.read_rows(spec.name, 0, spec.columns) if vector else source.read_rows(spec.name, start, stop)
-        stored, values = _store(weights.reshape(stop - start, spec.columns), planned)
-        difference = (values - weights.reshape(values.shape)).ravel()
+        weights = source.read_rows(spec.name, start, stop).reshape(stop - start, spec.columns)
+        stored, values = _store(weights, planned)
+        difference = (values - weights).ravel()
         squared_error += float(np.vdot(difference, difference))
         squared_weight += float(np.vdot(weights, weights))
         data = stored.tobytes()
