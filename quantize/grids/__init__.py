@@ -103,7 +103,7 @@ def _empty(dtype: np.dtype[np.generic], rows: int, entries: int) -> NDArray[np.g
 
 def _on_all(work: Callable[[int], None], slabs: range, threads: int | None) -> None:
     """Run `work` for every slab, on threads of our own: numba's default thread pool must not be entered twice at once."""
-    workers = min(len(slabs), threads or len(os.sched_getaffinity(0)))
+    workers = min(len(slabs), threads or _cores())
     if workers <= 1:
         for first in slabs:
             work(first)
@@ -112,6 +112,11 @@ def _on_all(work: Callable[[int], None], slabs: range, threads: int | None) -> N
     with ThreadPoolExecutor(workers) as pool:
         for _ in pool.map(work, slabs[1:]):
             pass
+
+
+def _cores() -> int:
+    """Return how many cores this process may use, where the system says; macOS and Windows do not."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(grid: str, weights: Floats, importance: Floats | None) -> None:

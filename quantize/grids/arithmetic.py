@@ -6,12 +6,17 @@ Numbers stay float32 throughout: a bare Python literal would turn an expression 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from pathlib import Path
+from typing import ParamSpec, TypeVar, cast
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from r1q.core import blocks
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
@@ -31,8 +36,24 @@ _INT_LIMIT = np.float32(2147483648.0)
 
 def kernel(function: Callable[P, R]) -> Callable[P, R]:
     """Compile `function` to machine code that is kept on disk, releases the GIL and divides by zero as IEEE 754 says."""
-    compiled: Callable[P, R] = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    return compiled
+    try:
+        compiled = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+        # numba throws a kernel away when its own file changes, but not when a file changes whose kernels were inlined into it:
+        # without this line, an upgrade or an edit could go on running old arithmetic.
+        compiled._cache._cache_file._source_stamp = _sources()
+    except (
+        RuntimeError,
+        AttributeError,
+    ):  # no folder to keep code in, or a numba that keeps it otherwise: compile each run
+        compiled = numba.njit(nogil=True, error_model="numpy")(function)
+    return cast(Callable[P, R], compiled)
+
+
+@functools.cache
+def _sources() -> str:
+    """Return a hash of every source file that a kernel's machine code can come from."""
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(blocks.__file__)]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @kernel
