@@ -105,8 +105,8 @@ class ModelSource:
         return stored
 
     def fingerprint(self) -> dict[str, str]:
-        """Return sha256 by file name: of the headers of weight files, of the whole of every sidecar."""
-        hashes = {file.path.name: file.header_sha256 for file in self._files.values()}
+        """Return sha256 by file name: of the header and a sample of every tensor of weight files, of the whole of every sidecar."""
+        hashes = {file.path.name: file.sampled_sha256() for file in dict.fromkeys(self._files.values())}
         return dict(sorted((hashes | {path.name: sha256_file(path) for path in self.sidecars()}).items()))
 
     def sidecars(self) -> list[Path]:
