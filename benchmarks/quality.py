@@ -1,0 +1,168 @@
+"""Fidelity, in children: perplexity, divergence and agreement on the same token windows, by llama-perplexity's convention.
+
+The text is cut into windows of 512 tokens that do not overlap; the second half of each is scored: positions 256…510, 255 tokens.
+Where the tokenizer adds a BOS, it stands before the text and replaces the first token of every window. The reference's logits are
+computed once, in a process of their own, and lie on disk while every artifact is scored against them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+
+from r1q.core.errors import InputError, ResourceError
+from r1q.core.metrics import Logits, TokenScores, score
+from r1q.runtimes.base import Options, Session
+from r1q.runtimes.table import load_runtime
+
+LENGTH = 512
+TOKENS, LOGITS = "tokens.npy", "logits.npy"
+SPARE = 256 << 20  # bytes of the disk that stay free beside the reference's logits
+
+
+def cut(ids: Sequence[int], *, length: int, windows: int, bos: int | None) -> NDArray[np.int64]:
+    """Return up to `windows` windows [windows, length] of `ids`, a text's tokens without BOS.
+
+    Raises InputError where the text does not fill one.
+    """
+    stream = list(ids) if bos is None else [bos, *ids]
+    count = min(windows, len(stream) // length)
+    if count < 1:
+        raise InputError(
+            f"the text has {len(stream)} tokens and a window needs {length}: give a longer one with --text"
+        )
+    table = np.array(stream[: count * length], dtype=np.int64).reshape(count, length)
+    if bos is not None:
+        table[:, 0] = bos
+    return table
+
+
+def read_text(path: Path) -> str:
+    """Return a text file's content. Raises InputError for one that cannot be read, is not UTF-8, or is empty."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): give another with --text"
+        ) from error
+    if not text.strip():
+        raise InputError(f"{path} is empty: give another with --text")
+    return text
+
+
+def affordable(windows: int, window_bytes: int, *, limit: int, free: int) -> int:
+    """Return how many windows' logits of `window_bytes` each may lie on disk. Raises ResourceError if not one."""
+    room = min(limit, free - SPARE)
+    if room < window_bytes:
+        what = f"the limit is {limit >> 20}" if limit < window_bytes else f"the temporary folder has {free >> 20} free"
+        raise ResourceError(
+            f"one window of reference logits needs {-(-window_bytes >> 20)} MiB on disk, and {what} MiB"
+        )
+    return min(windows, room // window_bytes)
+
+
+def reference(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Run the float checkpoint over the windows; the job: checkpoint, text, windows, folder, limit (bytes of logits on disk).
+
+    Writes `tokens.npy` int64 [windows, length] and `logits.npy` float32 [windows, scored, vocab] into the folder. Yields `reference`
+    with the windows' facts, then each window's nll.
+    """
+    from r1q.models.forward import logits
+    from r1q.models.source import ModelSource
+    from r1q.models.tokenizer import Tokenizer
+
+    checkpoint, folder = Path(job["checkpoint"]), Path(job["folder"])
+    source = ModelSource.open(checkpoint)
+    tokenizer = Tokenizer.open(checkpoint)
+    config = source.config
+    length = min(LENGTH, config.max_position_embeddings)
+    ids = tokenizer.encode(read_text(Path(job["text"])), add_special=False)
+    tokens = cut(ids, length=length, windows=job["windows"], bos=tokenizer.bos_id if tokenizer.adds_bos else None)
+    first, found = length // 2, len(tokens)
+    scored = length - 1 - first
+    free = shutil.disk_usage(folder).free
+    tokens = tokens[: affordable(found, 4 * scored * config.vocab_size, limit=job["limit"], free=free)]
+    np.save(folder / TOKENS, tokens)
+    yield {
+        "reference": {
+            "length": length,
+            "first": first,
+            "windows": len(tokens),
+            "notes": _notes(job, found, len(tokens)),
+        }
+    }
+    shape = (len(tokens), scored, config.vocab_size)
+    table = open_memmap(folder / LOGITS, mode="w+", dtype=np.float32, shape=shape)
+    # The last position predicts a token outside the window: it is left out.
+    for window, rows in enumerate(logits(source, tokens[:, :-1], first=first)):
+        table[window] = rows
+        yield {"window": window, **_scores(score(table[window], tokens[window, first + 1 :]))}
+    table.flush()
+
+
+def scores(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Score one artifact; the job: path, runtime, options, text, windows, length, folder (of the reference's files) or None.
+
+    Without a reference the artifact's own tokenizer makes the windows. Yields `opened`, then each window's scores.
+    """
+    runtime = load_runtime(job["runtime"])
+    with runtime.open(Path(job["path"]), Options(**job["options"])) as session:
+        ids = session.encode(read_text(Path(job["text"])))
+        if job["folder"] is None:
+            tokens = cut(ids, length=job["length"], windows=job["windows"], bos=session.bos)
+            notes = _notes(job, len(tokens), len(tokens))
+            table = None
+        else:
+            tokens = np.load(Path(job["folder"]) / TOKENS)
+            table = np.load(Path(job["folder"]) / LOGITS, mmap_mode="r")
+            notes = _compare(session, ids, tokens, table)
+        first = tokens.shape[1] // 2
+        yield {"opened": {"windows": len(tokens), "length": tokens.shape[1], "first": first, "notes": notes}}
+        for window, row in enumerate(tokens):
+            rows = session.logits(row[:-1].tolist(), first=first)
+            found = score(rows, row[first + 1 :], None if table is None else table[window])
+            yield {"window": window, **_scores(found)}
+
+
+def _compare(session: Session, ids: Sequence[int], tokens: NDArray[np.int64], table: Logits) -> list[str]:
+    """Return a note where the artifact's tokenizer and the reference's disagree. Raises InputError where their vocabularies do."""
+    if session.vocab != table.shape[2]:
+        raise InputError(
+            f"the artifact has {session.vocab} tokens and the reference {table.shape[2]}: they are not the same model; "
+            "give the checkpoint that it was made from with --reference"
+        )
+    own = cut([*ids, *[0] * tokens.size], length=tokens.shape[1], windows=len(tokens), bos=session.bos)
+    different = int((own != tokens).any(axis=1).sum())
+    if not different:
+        return []
+    return [
+        f"the artifact's own tokenizer splits the text otherwise in {different} of {len(tokens)} windows; the reference's was used"
+    ]
+
+
+def _notes(job: Mapping[str, Any], found: int, kept: int) -> list[str]:
+    notes = []
+    if found < job["windows"]:
+        notes.append(f"the text fills {found} windows of the {job['windows']} asked for")
+    if kept < found:
+        notes.append(
+            f"only {kept} of {found} windows are scored: the reference's logits of more would not fit {job['limit'] >> 20} MiB"
+        )
+    return notes
+
+
+def _scores(found: TokenScores) -> dict[str, Any]:
+    """Return scores as plain lists; nine digits tell every float32 apart and keep a JSON line readable."""
+    return {
+        "nll": [float(f"{value:.9g}") for value in found.nll],
+        "kld": None if found.kld is None else [float(f"{value:.9g}") for value in found.kld],
+        "same_top": None if found.same_top is None else found.same_top.tolist(),
+    }

@@ -1,0 +1,88 @@
+"""Speed in the child: what is fed to the session in which order, on the echo runtime and on llama.cpp."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from r1q.benchmarks import measure
+from r1q.core.errors import InputError
+from r1q.runtimes.base import Floats
+from r1q.runtimes.echo import EchoSession
+
+JOB = {"prompt": 3, "prefill": 7, "generate": 4, "repetitions": 5, "seed": 1, "runtime": "echo", "options": {}}
+
+
+def test_every_timing_starts_in_an_empty_memory(echo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    originals = (EchoSession.prefill, EchoSession.step, EchoSession.drop)
+
+    def prefill(self: EchoSession, sequence: int, tokens: Sequence[int]) -> Floats:
+        calls.append(("prefill", len(tokens)))
+        return originals[0](self, sequence, tokens)
+
+    def step(self: EchoSession, pairs: Sequence[tuple[int, int]]) -> Floats:
+        calls.append(("step", len(pairs)))
+        self._histories[0].append(pairs[0][1])  # type: ignore[index]
+        return np.zeros((1, self.vocab), dtype=np.float32)
+
+    def drop(self: EchoSession, sequence: int, start: int = 0) -> None:
+        calls.append(("drop", start))
+        originals[2](self, sequence, start)
+
+    monkeypatch.setattr(EchoSession, "prefill", prefill)
+    monkeypatch.setattr(EchoSession, "step", step)
+    monkeypatch.setattr(EchoSession, "drop", drop)
+    list(measure.speed({**JOB, "path": str(echo), "repetitions": 1}))
+    once = [("drop", 0), ("prefill", 3), ("drop", 0), ("prefill", 7), ("drop", 0), *[("step", 1)] * 4]
+    assert calls == once * 2  # the warm-up and one repetition
+
+
+def test_messages_carry_every_sample(echo: Path) -> None:
+    opened, *rounds = measure.speed({**JOB, "path": str(echo)})
+    assert opened["opened"]["threads"] == 1
+    assert opened["opened"]["versions"]["r1q"]
+    assert [message["repetition"] for message in rounds] == [0, 1, 2, 3, 4, 5]
+    for message in rounds:
+        assert set(message["seconds"]) == set(measure.TIMINGS)
+        assert min(message["seconds"].values()) > 0
+        assert message["peak_memory"] >= opened["opened"]["base_memory"]
+
+
+def test_a_logit_that_is_no_number_stops_the_measurement(echo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EchoSession, "_after", lambda self, history: np.full(self.vocab, np.nan, dtype=np.float32))
+    with pytest.raises(InputError, match="first_token ends in a logit that is not a number"):
+        list(measure.speed({**JOB, "path": str(echo)}))
+
+
+def test_the_same_seed_feeds_the_same_tokens(echo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    original = EchoSession.prefill
+
+    def prefill(self: EchoSession, sequence: int, tokens: Sequence[int]) -> Floats:
+        seen.append(tuple(tokens))
+        return original(self, sequence, tokens)
+
+    monkeypatch.setattr(EchoSession, "prefill", prefill)
+    for _ in range(2):
+        list(measure.speed({**JOB, "path": str(echo), "repetitions": 1}))
+    half = len(seen) // 2
+    assert seen[:half] == seen[half:]
+    assert all(0 <= token < 24 for tokens in seen for token in tokens)
+
+
+@pytest.mark.runtime
+def test_a_real_file(tiny_gguf: Path) -> None:
+    job = {**JOB, "path": str(tiny_gguf), "runtime": "llama-cpp", "options": {"threads": 1, "context": 128}}
+    opened, *rounds = measure.speed(job)
+    assert opened["opened"]["context"] == 128
+    assert opened["opened"]["load_seconds"] > 0
+    assert len(rounds) == 6
+
+
+@pytest.fixture
+def echo(tmp_path: Path) -> Path:
+    path = tmp_path / "small.echo"
+    path.write_text('{"vocab": 24, "context": 48}')
+    return path
