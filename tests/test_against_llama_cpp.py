@@ -1,0 +1,122 @@
+"""Our files against llama.cpp's own: every tensor byte for byte what llama_model_quantize makes of our BF16 file."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from r1q.core.artifact import OutputFolder
+from r1q.core.gguf_file import GgufFile
+from r1q.core.mixtures import FILE_TYPES, MIXTURES
+from r1q.core.recipe import Recipe
+from r1q.models.source import ModelSource
+from r1q.models.tokenizer import Tokenizer
+from r1q.plan.plan import make_plan
+from r1q.plan.walk import Exported, quantize_model
+
+llama_cpp = pytest.importorskip("llama_cpp")
+pytestmark = pytest.mark.runtime
+
+MakeModel = Callable[..., Path]
+ROOT = Path(__file__).resolve().parents[1]
+SIZES: dict[str, int] = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 9, "vocab_size": 320}
+
+
+def written(model: Path, scheme: str, output: Path) -> Path:
+    """Quantize `model` with our own walk and return the GGUF file."""
+    source = ModelSource.open(model)
+    plan = make_plan(source, Recipe.named(scheme), ("gguf",))
+    events = list(quantize_model(source, plan, OutputFolder(output), method="rtn"))
+    exported = events[-1]
+    assert isinstance(exported, Exported)
+    assert exported.artifact.notes[0].startswith("tokenizer: proven")
+    return exported.path
+
+
+def llama_quantized(bf16: Path, scheme: str, to: Path) -> Path:
+    """Let llama.cpp quantize `bf16` in a process of its own, as it logs to stderr and aborts on errors."""
+    code = (
+        "import ctypes, sys, llama_cpp\n"
+        "options = llama_cpp.llama_model_quantize_default_params()\n"
+        "options.ftype, options.nthread = int(sys.argv[3]), 2\n"
+        "sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(options)))\n"
+    )
+    command = [sys.executable, "-c", code, str(bf16), str(to), str(FILE_TYPES[scheme])]
+    subprocess.run(command, check=True, capture_output=True)
+    return to
+
+
+def assert_same_tensors(ours: Path, theirs: Path) -> None:
+    mine, other = GgufFile.open(ours), GgufFile.open(theirs)
+    assert list(mine.tensors) == list(other.tensors) or set(mine.tensors) == set(other.tensors)
+    for name, tensor in mine.tensors.items():
+        assert (tensor.type, tensor.shape) == (other.tensors[name].type, other.tensors[name].shape), name
+        different = np.flatnonzero(mine.read_bytes(name) != other.read_bytes(name))
+        assert not len(different), f"{name} ({tensor.type}): {len(different)} bytes differ, the first at {different[0]}"
+
+
+@pytest.mark.parametrize("preset", MIXTURES)
+def test_every_preset_equals_llama_quantize(make_model: MakeModel, tmp_path: Path, preset: str) -> None:
+    model = make_model("llama" if preset > "q4" else "qwen2", tied=preset in ("q4_k_m", "q6_k"), **SIZES)
+    bf16 = written(model, "bf16", tmp_path / "bf16")
+    assert_same_tensors(
+        written(model, preset, tmp_path / preset), llama_quantized(bf16, preset, tmp_path / "theirs.gguf")
+    )
+
+
+def test_grouped_heads_get_what_llama_cpp_gives_them(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("qwen2", num_heads=8, num_kv_heads=2, **{**SIZES, "num_layers": 16})
+    bf16 = written(model, "bf16", tmp_path / "bf16")
+    for preset in ("q2_k", "iq4_xs"):
+        assert_same_tensors(
+            written(model, preset, tmp_path / preset), llama_quantized(bf16, preset, tmp_path / f"{preset}.gguf")
+        )
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real model of 135M weights, made once and kept in the folder that R1Q_REFERENCE names, else for this session."""
+    kept = os.environ.get("R1Q_REFERENCE")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("reference") / "SmolLM2-135M-Instruct"
+    if not (folder / "model.safetensors").is_file():
+        script = ROOT / "scripts" / "reference_model.py"
+        done = subprocess.run(
+            [sys.executable, str(script), "smollm2-135m", str(folder)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def answer(gguf: Path, model: Path, question: str, length: int) -> str:
+    """Return llama.cpp's greedy answer to `question` through our adapter and the model's own chat template."""
+    from r1q.runtimes.base import Options
+    from r1q.runtimes.table import RUNTIMES
+
+    tokenizer = Tokenizer.open(model)
+    text = tokenizer.render_chat([{"role": "user", "content": question}], add_generation_prompt=True)
+    ids = tokenizer.encode(text, add_special=False)
+    session = RUNTIMES.get("llama-cpp")().open(gguf, Options(context=512))
+    try:
+        logits = session.prefill(0, ids)
+        found: list[int] = []
+        while len(found) < length:
+            found.append(int(np.argmax(logits)))
+            logits = session.step([(0, found[-1])])[0]
+        return tokenizer.decode(found)
+    finally:
+        session.close()
+
+
+@pytest.mark.reference
+def test_a_real_model_is_llama_cpps_bytes_and_knows_paris(reference: Path, tmp_path: Path) -> None:
+    bf16 = written(reference, "bf16", tmp_path / "bf16")
+    for scheme in ("q4_0", "q4_k_m", "q6_k", "q8_0"):
+        ours = written(reference, scheme, tmp_path / scheme)
+        assert_same_tensors(ours, llama_quantized(bf16, scheme, tmp_path / f"{scheme}.gguf"))
+        assert "Paris" in answer(ours, reference, "What is the capital of France?", 12), scheme
