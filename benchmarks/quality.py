@@ -62,9 +62,10 @@ def affordable(windows: int, window_bytes: int, *, limit: int, free: int) -> int
     """Return how many windows' logits of `window_bytes` each may lie on disk. Raises ResourceError if not one."""
     room = min(limit, free - SPARE)
     if room < window_bytes:
-        what = f"the limit is {limit >> 20}" if limit < window_bytes else f"the temporary folder has {free >> 20} free"
+        where = (limit, "is the limit") if limit < window_bytes else (free, "are free in the temporary folder")
+        need = -(-window_bytes >> 20)
         raise ResourceError(
-            f"one window of reference logits needs {-(-window_bytes >> 20)} MiB on disk, and {what} MiB"
+            f"one window of reference logits needs {need} MiB on disk, and {where[0] >> 20} MiB {where[1]}"
         )
     return min(windows, room // window_bytes)
 

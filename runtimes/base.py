@@ -90,7 +90,10 @@ class Session(Protocol):
         """Seconds the runtime itself took to open the artifact; our own check of the file is not in it."""
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` by the artifact's own tokenizer, nothing put before or after."""
+        """Return the ids of `text` by the artifact's own tokenizer, nothing put before or after.
+
+        Special tokens spelled out in `text` become their ids, as in `models.tokenizer`.
+        """
 
     def prefill(self, sequence: int, tokens: Sequence[int]) -> Floats:
         """Append `tokens` to `sequence` and return the logits [vocab] after the last of them."""

@@ -92,12 +92,12 @@ class LlamaSession:
         self.load_seconds = time.perf_counter() - started
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` by the GGUF's own tokenizer; spellings of special tokens are plain text here."""
+        """Return the ids of `text` by the GGUF's own tokenizer; special tokens spelled out in it become their ids."""
         self._check([])
         data = text.encode()
         room = len(data) + 16  # a token stands for at least one byte
         ids = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self._vocabulary, data, len(data), ids, room, False, False)
+        count = llama_cpp.llama_tokenize(self._vocabulary, data, len(data), ids, room, False, True)
         if count < 0:
             raise InputError(f"llama.cpp could not split a text of {len(data)} bytes into tokens: {llama_log.reason()}")
         return list(ids[:count])

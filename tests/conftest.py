@@ -7,16 +7,18 @@ give equal bytes. The folder is fresh: a test may damage it.
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 MakeModel = Callable[..., Path]
+WriteGguf = Callable[..., Path]
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -43,6 +45,27 @@ PRE_TOKENIZERS = {"llama": _WORDS % "{1,3}", "qwen2": _WORDS % "", "qwen3": _WOR
 _TEXT = (
     "the quick brown fox jumps over the lazy dog, then 12 + 30 = 42; a thinker thinks: wait, let me think again.\n" * 4
 )
+
+
+@pytest.fixture(scope="session")
+def write_gguf() -> WriteGguf:
+    """Return the writer of small GGUF files in tests/tiny_gguf.py; it shares no code with our exporter."""
+    script = Path(__file__).with_name("tiny_gguf.py")
+    return cast(WriteGguf, runpy.run_path(str(script))["write_tiny_gguf"])
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, write_gguf: WriteGguf) -> Path:
+    """Return a float32 Llama as GGUF: 264 tokens, a context of 128, BOS added. It is shared: do not write to it."""
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "Tiny-F32.gguf")
+
+
+@pytest.fixture
+def echo_file(tmp_path: Path) -> Path:
+    """Return an artifact of the echo runtime: 24 tokens, a context of 48."""
+    path = tmp_path / "small.echo"
+    path.write_text('{"vocab": 24, "context": 48}')
+    return path
 
 
 @pytest.fixture

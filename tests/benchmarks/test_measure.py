@@ -14,7 +14,7 @@ from r1q.runtimes.echo import EchoSession
 JOB = {"prompt": 3, "prefill": 7, "generate": 4, "repetitions": 5, "seed": 1, "runtime": "echo", "options": {}}
 
 
-def test_every_timing_starts_in_an_empty_memory(echo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_timing_starts_in_an_empty_memory(echo_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
     originals = (EchoSession.prefill, EchoSession.step, EchoSession.drop)
 
@@ -34,13 +34,13 @@ def test_every_timing_starts_in_an_empty_memory(echo: Path, monkeypatch: pytest.
     monkeypatch.setattr(EchoSession, "prefill", prefill)
     monkeypatch.setattr(EchoSession, "step", step)
     monkeypatch.setattr(EchoSession, "drop", drop)
-    list(measure.speed({**JOB, "path": str(echo), "repetitions": 1}))
+    list(measure.speed({**JOB, "path": str(echo_file), "repetitions": 1}))
     once = [("drop", 0), ("prefill", 3), ("drop", 0), ("prefill", 7), ("drop", 0), *[("step", 1)] * 4]
     assert calls == once * 2  # the warm-up and one repetition
 
 
-def test_messages_carry_every_sample(echo: Path) -> None:
-    opened, *rounds = measure.speed({**JOB, "path": str(echo)})
+def test_messages_carry_every_sample(echo_file: Path) -> None:
+    opened, *rounds = measure.speed({**JOB, "path": str(echo_file)})
     assert opened["opened"]["threads"] == 1
     assert opened["opened"]["versions"]["r1q"]
     assert [message["repetition"] for message in rounds] == [0, 1, 2, 3, 4, 5]
@@ -50,13 +50,13 @@ def test_messages_carry_every_sample(echo: Path) -> None:
         assert message["peak_memory"] >= opened["opened"]["base_memory"]
 
 
-def test_a_logit_that_is_no_number_stops_the_measurement(echo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_logit_that_is_no_number_stops_the_measurement(echo_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EchoSession, "_after", lambda self, history: np.full(self.vocab, np.nan, dtype=np.float32))
     with pytest.raises(InputError, match="first_token ends in a logit that is not a number"):
-        list(measure.speed({**JOB, "path": str(echo)}))
+        list(measure.speed({**JOB, "path": str(echo_file)}))
 
 
-def test_the_same_seed_feeds_the_same_tokens(echo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_seed_feeds_the_same_tokens(echo_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     original = EchoSession.prefill
 
@@ -66,7 +66,7 @@ def test_the_same_seed_feeds_the_same_tokens(echo: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(EchoSession, "prefill", prefill)
     for _ in range(2):
-        list(measure.speed({**JOB, "path": str(echo), "repetitions": 1}))
+        list(measure.speed({**JOB, "path": str(echo_file), "repetitions": 1}))
     half = len(seen) // 2
     assert seen[:half] == seen[half:]
     assert all(0 <= token < 24 for tokens in seen for token in tokens)
@@ -79,10 +79,3 @@ def test_a_real_file(tiny_gguf: Path) -> None:
     assert opened["opened"]["context"] == 128
     assert opened["opened"]["load_seconds"] > 0
     assert len(rounds) == 6
-
-
-@pytest.fixture
-def echo(tmp_path: Path) -> Path:
-    path = tmp_path / "small.echo"
-    path.write_text('{"vocab": 24, "context": 48}')
-    return path

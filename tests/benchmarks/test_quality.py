@@ -36,9 +36,9 @@ def test_windows_that_fit_the_disk() -> None:
     assert quality.affordable(8, 10 * mib, limit=1000 * mib, free=spare + 1000 * mib) == 8
     assert quality.affordable(8, 10 * mib, limit=35 * mib, free=spare + 1000 * mib) == 3
     assert quality.affordable(8, 10 * mib, limit=1000 * mib, free=spare + 25 * mib) == 2
-    with pytest.raises(ResourceError, match="needs 10 MiB on disk, and the limit is 5 MiB"):
+    with pytest.raises(ResourceError, match="needs 10 MiB on disk, and 5 MiB is the limit"):
         quality.affordable(8, 10 * mib, limit=5 * mib, free=spare + 1000 * mib)
-    with pytest.raises(ResourceError, match="needs 10 MiB on disk, and the temporary folder has 261 MiB free"):
+    with pytest.raises(ResourceError, match="needs 10 MiB on disk, and 261 MiB are free in the temporary folder"):
         quality.affordable(8, 10 * mib, limit=100 * mib, free=spare + 5 * mib)
 
 

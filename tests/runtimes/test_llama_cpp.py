@@ -26,11 +26,11 @@ def test_facts_are_the_files(tiny_gguf: Path, write_gguf: Callable[..., Path], t
         assert session.bos is None
 
 
-def test_encode_merges_and_keeps_special_spellings_plain(tiny_gguf: Path) -> None:
+def test_encode_merges_and_reads_special_spellings(tiny_gguf: Path) -> None:
     with load_runtime("llama-cpp").open(tiny_gguf, Options(threads=1)) as session:
-        # "he"=258, "ll"=259, "th"=262, "in"=263; "<s>" must come out as three letters, not as id 256.
+        # "he"=258, "ll"=259, "th"=262, "in"=263, "<s>"=256.
         assert session.encode("hell") == [258, 259]
-        assert session.encode("in<s>") == [263, ord("<"), ord("s"), ord(">")]
+        assert session.encode("in<s>the") == [263, 256, ord("t"), 258]  # "he" is the earlier merge
         assert session.encode("") == []
 
 

@@ -1,12 +1,10 @@
 """Small real GGUF files with random weights, written by the `gguf` package, which shares no code with our own exporter."""
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
-import pytest
 from gguf.constants import GGMLQuantizationType as Type
 
 VOCAB, HIDDEN, FEED, LAYERS, HEADS, KV_HEADS, CONTEXT = 264, 64, 128, 2, 4, 2, 128
@@ -81,23 +79,4 @@ def write_tiny_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
-
-
-@pytest.fixture(scope="session")
-def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a float32 GGUF of 264 tokens, context 128."""
-    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny-F32.gguf")
-
-
-@pytest.fixture(scope="session")
-def write_gguf() -> Callable[..., Path]:
-    """Return the writer, for a test that wants another type, context or BOS."""
-    return write_tiny_gguf
-
-
-@pytest.fixture
-def echo_file(tmp_path: Path) -> Path:
-    path = tmp_path / "small.echo"
-    path.write_text('{"vocab": 24, "context": 48}')
     return path
