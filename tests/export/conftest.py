@@ -1,0 +1,88 @@
+"""From a tiny Hugging Face folder to a checkpoint and a GGUF file; and the logits that llama.cpp computes from one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from r1q.core.checkpoint import QuantizedCheckpoint
+from r1q.core.mixtures import ModelShape
+from r1q.core.recipe import Recipe, resolve
+from r1q.models.source import ModelSource
+from r1q.quantize.run import Request, quantize_checkpoint
+
+Floats = NDArray[np.float32]
+
+
+def make_checkpoint(model: Path, folder: Path, preset: str, name: str | None = None) -> QuantizedCheckpoint:
+    """Quantize the Hugging Face folder `model` with `preset` into `folder`."""
+    source = ModelSource.open(model)
+    config = source.config
+    shape = ModelShape(
+        family=config.family,
+        layers=config.num_layers,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        tied=config.tied,
+    )
+    recipe = Recipe.named(preset)
+    planned = resolve(recipe, source.tensors, shape)
+    request = Request(
+        model=name or config.name, recipe=recipe, planned=planned, method="rtn", versions={"r1q": "1.2.3", "numpy": "x"}
+    )
+    for _ in quantize_checkpoint(source, request, folder):
+        pass
+    return QuantizedCheckpoint.open(folder)
+
+
+@pytest.fixture
+def checkpoint_of(tmp_path: Path) -> Callable[..., QuantizedCheckpoint]:
+    """Return `make(model_folder, preset="f32", name=None) -> QuantizedCheckpoint`."""
+    made = 0
+
+    def make(model: Path, preset: str = "f32", name: str | None = None) -> QuantizedCheckpoint:
+        nonlocal made
+        made += 1
+        return make_checkpoint(model, tmp_path / f"checkpoint-{made}", preset, name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama_logits() -> Callable[[Path, NDArray[np.int64]], Floats]:
+    """Return `logits(gguf, tokens [length]) -> float32 [length, vocabulary]` by llama.cpp: float32 cache, no flash attention."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_backend_init()
+
+    def logits(path: Path, tokens: NDArray[np.int64]) -> Floats:
+        llama_cpp.llama_log_set(quiet, None)
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        assert model, f"llama.cpp refuses {path}"
+        params: Any = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = len(tokens)
+        params.n_threads = params.n_threads_batch = 2
+        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        context = llama_cpp.llama_init_from_model(model, params)
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = int(token), i, 1, 0
+                batch.logits[i] = 1
+            assert llama_cpp.llama_decode(context, batch) == 0
+            size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+            rows = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (len(tokens), size))
+            return np.array(rows, dtype=np.float32)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+            llama_cpp.llama_free(context)
+            llama_cpp.llama_model_free(model)
+
+    return logits
