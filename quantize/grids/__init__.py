@@ -58,8 +58,8 @@ SEARCHES: Mapping[str, Search] = MappingProxyType(
         "q5_k": _search("offset_super_blocks", "plain", (31, np.float32(-0.5), 15), "weighted", 31),
         "q3_k": _search("symmetric_super_blocks", "q3_plain", (), "q3_weighted"),
         "q6_k": _search("symmetric_super_blocks", "q6_plain", (), "q6_weighted"),
-        "iq4_nl": _search("codebook_blocks", "lone_plain", (), "lone"),
-        "iq4_xs": _search("codebook_blocks", "joined_plain", (), "joined"),
+        "iq4_nl": _search("codebook_blocks", "lone_plain", (), "lone_weighted"),
+        "iq4_xs": _search("codebook_blocks", "joined_plain", (), "joined_weighted"),
     }
 )
 

@@ -57,10 +57,18 @@ def _sources() -> str:
 
 
 @kernel
-def nearest(value: np.float32) -> int:
+def nearest(value: np.float32) -> np.int32:
     """Return the nearest integer, half to even, for |value| < 2**22; beyond, and for NaN, what C reads from the mantissa."""
     bits = np.float32(value + _ROUNDING).view(np.int32)
-    return int((bits & np.int32(0x007FFFFF)) - np.int32(0x00400000))
+    return np.int32(np.int32(bits & np.int32(0x007FFFFF)) - np.int32(0x00400000))
+
+
+@kernel
+def nearest_between(value: np.float32, low: np.float32, high: np.float32) -> np.float32:
+    """Return the nearest integer, at least `low` and at most `high`."""
+    number = np.float32(nearest(value))
+    number = high if number > high else number
+    return low if number < low else number
 
 
 @kernel
@@ -97,6 +105,14 @@ def half_bits(value: np.float32) -> np.uint16:
 
 
 @kernel
+def store_halves(values: Floats, out: Halves) -> None:
+    """Fill `out` [rows, blocks] with the bits of the halves nearest to `values`, which are in the same order, flat."""
+    flat = out.reshape(-1)
+    for i in range(values.size):
+        flat[i] = half_bits(values[i])
+
+
+@kernel
 def half_value(bits: np.uint16) -> np.float32:
     """Return the float32 that the float16 `bits` stand for."""
     sign, exponent, mantissa = (np.int64(bits) & 0x8000) << 16, (np.int64(bits) >> 10) & 31, np.int64(bits) & 1023
@@ -115,23 +131,3 @@ def furthest(values: Floats) -> np.float32:
         if abs(value) > magnitude:
             largest, magnitude = value, abs(value)
     return largest
-
-
-@kernel
-def sum_of_squares(values: Floats) -> np.float32:
-    """Return the sum of squares, added in order."""
-    total = ZERO
-    for value in values:
-        total += value * value
-    return total
-
-
-@kernel
-def weigh(values: Floats, importance: Floats, variance: np.float32, weights: Floats) -> np.float32:
-    """Fill `weights` with importance · sqrt(variance + value²), llama.cpp's weight of an error, and return their sum."""
-    total = ZERO
-    for i in range(values.size):
-        weight = importance[i] * np.sqrt(variance + values[i] * values[i])
-        weights[i] = weight
-        total += weight
-    return total

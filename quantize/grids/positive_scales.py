@@ -17,7 +17,7 @@ _PASSES = 5
 @kernel
 def _capped(value: np.float32, top: int) -> int:
     """Return the nearest integer, at most `top`. A scale below zero stays below; its byte wraps when it is stored, as in C."""
-    return min(top, nearest(value))
+    return min(top, int(nearest(value)))
 
 
 @kernel
@@ -39,7 +39,7 @@ def _best_inverse(values: Floats, weights: Floats, peak: np.float32, top: int) -
     for i in range(
         values.size
     ):  # the first candidate is not capped and its codes wrap in a byte, unlike the other eight
-        error = values[i] - scale * np.float32(np.uint8(nearest(best_inverse * values[i])))
+        error = values[i] - scale * np.float32(nearest(best_inverse * values[i]) & 255)
         best += weights[i] * error * error
     for step in range(-_REACH, _REACH + 1):
         if step == 0:

@@ -20,17 +20,14 @@ from r1q.quantize.grids.arithmetic import (
     half_bits,
     kernel,
     rounded_away,
-    sum_of_squares,
+    store_halves,
     truncated,
-    weigh,
 )
-from r1q.quantize.grids.scale_and_minimum import search_offset
+from r1q.quantize.grids.error_weights import by_importance
+from r1q.quantize.grids.scale_and_minimum import FIRST, STEP, STEPS, search_offset
 from r1q.quantize.grids.symmetric_scale import search_symmetric
 
 _BLOCK = 32
-_FIRST = np.float32(-0.9)
-_STEP = np.float32(0.05)
-_STEPS = 36
 
 
 @kernel
@@ -56,14 +53,11 @@ def signed_plain(weights: Floats, codes: Codes, d: Halves, zero: int) -> None:
 @kernel
 def signed_weighted(weights: Floats, importance: Floats, codes: Codes, d: Halves, zero: int) -> None:
     """Fill `codes` and `d` of q4_0 (zero 8) or q5_0 (zero 16) by the search for a symmetric scale."""
-    errors = np.empty(_BLOCK, np.float32)
-    for row in range(weights.shape[0]):
-        variance = sum_of_squares(weights[row]) / np.float32(weights.shape[1])
-        for block in range(d.shape[1]):
-            start, stop = block * _BLOCK, (block + 1) * _BLOCK
-            values = weights[row, start:stop]
-            weigh(values, importance[start:stop], variance, errors)
-            d[row, block] = half_bits(search_symmetric(values, errors, zero, codes[row, start:stop]))
+    columns = weights.shape[1]
+    errors = by_importance(weights, importance, columns, ONE, np.float32(columns))
+    scales = np.empty(d.size, np.float32)
+    search_symmetric(weights.reshape(-1), errors, _BLOCK, zero, codes.reshape(-1), scales)
+    store_halves(scales, d)
 
 
 @kernel
@@ -88,18 +82,13 @@ def offset_plain(weights: Floats, codes: Codes, d: Halves, m: Halves, top: int) 
 @kernel
 def offset_weighted(weights: Floats, importance: Floats, codes: Codes, d: Halves, m: Halves, top: int) -> None:
     """Fill `codes`, `d` and `m` of q4_1 (top 15) or q5_1 (top 31) by the search for a scale and a minimum."""
-    errors, trial = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
-    for row in range(weights.shape[0]):
-        variance = sum_of_squares(weights[row]) / np.float32(weights.shape[1])
-        for block in range(d.shape[1]):
-            start, stop = block * _BLOCK, (block + 1) * _BLOCK
-            values = weights[row, start:stop]
-            weigh(values, importance[start:stop], variance, errors)
-            scale, floor = search_offset(
-                values, errors, top, _FIRST, _STEP, _STEPS, False, codes[row, start:stop], trial
-            )
-            d[row, block] = half_bits(scale)
-            m[row, block] = half_bits(-floor)
+    columns = weights.shape[1]
+    errors = by_importance(weights, importance, columns, ONE, np.float32(columns))
+    scales, floors = np.empty(d.size, np.float32), np.empty(d.size, np.float32)
+    flat, spelled = weights.reshape(-1), codes.reshape(-1)
+    search_offset(flat, errors, _BLOCK, top, FIRST, STEP, STEPS, False, spelled, scales, floors)
+    store_halves(scales, d)
+    store_halves(-floors, m)
 
 
 @kernel

@@ -20,115 +20,95 @@ from r1q.quantize.grids.arithmetic import (
     half_value,
     kernel,
     nearest,
-    sum_of_squares,
-    weigh,
+    nearest_between,
+    store_halves,
 )
-from r1q.quantize.grids.symmetric_scale import refine_symmetric, search_symmetric, signed_code
+from r1q.quantize.grids.error_weights import alone, by_importance, squares, sums_of_groups
+from r1q.quantize.grids.moved_codes import refine_symmetric
+from r1q.quantize.grids.symmetric_scale import search_symmetric
 
 _BLOCK = 256
 _GROUP = 16
 _GROUPS = 16
-
-
-@kernel
-def _spell_block(values: Floats, d: np.uint16, scales: NDArray[np.int64], zero: int, codes: Codes) -> None:
-    """Spell all groups under their stored scales; a group whose step is 0 keeps the codes of its own fit."""
-    for j in range(_GROUPS):
-        step = half_value(d) * np.float32(scales[j])
-        if step == ZERO:
-            continue
-        for i in range(j * _GROUP, (j + 1) * _GROUP):
-            codes[i] = zero + signed_code(values[i] / step, zero)
-
-
-@kernel
-def _q6_block(values: Floats, errors: Floats, codes: Codes, sc: NDArray[np.int8]) -> np.uint16:
-    """Fill one super-block of q6_k under the error weights `errors` and return the bits of its step size."""
-    scales = np.empty(_GROUPS, np.float32)
-    for j in range(_GROUPS):
-        part = slice(j * _GROUP, (j + 1) * _GROUP)
-        scales[j] = search_symmetric(values[part], errors[part], 32, codes[part])
-    peak = furthest(scales)
-    if abs(peak) < TINY_GROUP:
-        codes[:] = 0
-        sc[:] = 0
-        return np.uint16(0)
-    inverse = np.float32(-128.0) / peak
-    stored = np.empty(_GROUPS, np.int64)
-    for j in range(_GROUPS):
-        stored[j] = min(127, nearest(inverse * scales[j]))
-        sc[j] = stored[j]
-    d = half_bits(ONE / inverse)
-    _spell_block(values, d, stored, 32, codes)
-    return d
-
-
-@kernel
-def q6_plain(weights: Floats, codes: Codes, d: Halves, sc: NDArray[np.int8]) -> None:
-    """Fill all fields of q6_k without importance: errors weigh x²."""
-    errors = np.empty(_BLOCK, np.float32)
-    for row in range(weights.shape[0]):
-        for block in range(d.shape[1]):
-            here = slice(block * _BLOCK, (block + 1) * _BLOCK)
-            values = weights[row, here]
-            for i in range(_BLOCK):
-                errors[i] = values[i] * values[i]
-            groups = slice(block * _GROUPS, (block + 1) * _GROUPS)
-            d[row, block] = _q6_block(values, errors, codes[row, here], sc[row, groups])
-
-
-@kernel
-def q6_weighted(weights: Floats, importance: Floats, codes: Codes, d: Halves, sc: NDArray[np.int8]) -> None:
-    """Fill all fields of q6_k with importance: errors weigh the importance itself."""
-    for row in range(weights.shape[0]):
-        for block in range(d.shape[1]):
-            here = slice(block * _BLOCK, (block + 1) * _BLOCK)
-            groups = slice(block * _GROUPS, (block + 1) * _GROUPS)
-            d[row, block] = _q6_block(weights[row, here], importance[here], codes[row, here], sc[row, groups])
-
-
-@kernel
-def _q3_settle(values: Floats, scales: NDArray[np.int64], d: np.uint16, sc: Codes, codes: Codes) -> None:
-    """Store the signed scales of a q3_k super-block with 32 as their zero and spell its codes under them."""
-    for j in range(_GROUPS):
-        sc[j] = scales[j] + 32
-    _spell_block(values, d, scales, 4, codes)
+_Q3_ZERO = 4
+_Q6_ZERO = 32
+_SCALE_ZERO = 32
+_TWO = np.float32(2.0)
 
 
 @kernel
 def q3_plain(weights: Floats, codes: Codes, d: Halves, sc: Codes) -> None:
-    """Fill all fields of q3_k without importance: codes are refined one by one, scales rounded from the furthest."""
-    scales, stored = np.empty(_GROUPS, np.float32), np.empty(_GROUPS, np.int64)
-    for row in range(weights.shape[0]):
-        for block in range(d.shape[1]):
-            here = slice(block * _BLOCK, (block + 1) * _BLOCK)
-            values, spelled = weights[row, here], codes[row, here]
-            for j in range(_GROUPS):
-                part = slice(j * _GROUP, (j + 1) * _GROUP)
-                scales[j] = refine_symmetric(values[part], 4, spelled[part])
-            peak = furthest(scales)
-            inverse = np.float32(-32.0) / peak if peak != ZERO else ZERO
-            for j in range(_GROUPS):
-                stored[j] = signed_code(inverse * scales[j], 32) if peak != ZERO else -32
-            d[row, block] = half_bits(ONE / inverse if peak != ZERO else ZERO)
-            _q3_settle(values, stored, d[row, block], sc[row, block * _GROUPS : (block + 1) * _GROUPS], spelled)
+    """Fill all fields of q3_k without importance: codes are moved one by one, scales rounded from the furthest."""
+    flat, spelled, small = weights.reshape(-1), codes.reshape(-1), sc.reshape(-1)
+    scales = np.empty(sc.size, np.float32)
+    for group in range(sc.size):
+        here = slice(group * _GROUP, (group + 1) * _GROUP)
+        scales[group] = refine_symmetric(flat[here], _Q3_ZERO, spelled[here])
+    low, high = np.float32(-_SCALE_ZERO), np.float32(_SCALE_ZERO - 1)
+    for block in range(d.size):
+        here = slice(block * _GROUPS, (block + 1) * _GROUPS)
+        peak = furthest(scales[here])
+        inverse = low / peak if peak != ZERO else ZERO
+        d.reshape(-1)[block] = half_bits(ONE / inverse if peak != ZERO else ZERO)
+        for group in range(block * _GROUPS, (block + 1) * _GROUPS):
+            # a block of zeros leaves its scale bytes 0, which stand for −32
+            fine = nearest_between(inverse * scales[group], low, high) if peak != ZERO else low
+            small[group] = np.uint8(fine - low)
+    _spell(flat, d.reshape(-1), small, _SCALE_ZERO, _Q3_ZERO, spelled)
 
 
 @kernel
 def q3_weighted(weights: Floats, importance: Floats, codes: Codes, d: Halves, sc: Codes) -> None:
     """Fill all fields of q3_k with importance: groups, then their scales, by the search for a symmetric scale."""
-    errors, sums = np.empty(_GROUP, np.float32), np.empty(_GROUPS, np.float32)
-    scales, stored, coarse = np.empty(_GROUPS, np.float32), np.empty(_GROUPS, np.int64), np.empty(_GROUPS, np.uint8)
-    for row in range(weights.shape[0]):
-        for block in range(d.shape[1]):
-            start = block * _BLOCK
-            values, spelled = weights[row, start : start + _BLOCK], codes[row, start : start + _BLOCK]
-            variance = np.float32(2.0) * sum_of_squares(values) / np.float32(_BLOCK)
-            for j in range(_GROUPS):
-                part = slice(j * _GROUP, (j + 1) * _GROUP)
-                sums[j] = weigh(values[part], importance[start:][part], variance, errors)
-                scales[j] = search_symmetric(values[part], errors, 4, spelled[part])
-            d[row, block] = half_bits(search_symmetric(scales, sums, 32, coarse))
-            for j in range(_GROUPS):
-                stored[j] = int(np.int64(coarse[j])) - 32
-            _q3_settle(values, stored, d[row, block], sc[row, block * _GROUPS : (block + 1) * _GROUPS], spelled)
+    flat, spelled, small = weights.reshape(-1), codes.reshape(-1), sc.reshape(-1)
+    errors = by_importance(weights, importance, _BLOCK, _TWO, np.float32(_BLOCK))
+    scales, steps = np.empty(sc.size, np.float32), np.empty(d.size, np.float32)
+    search_symmetric(flat, errors, _GROUP, _Q3_ZERO, spelled, scales)
+    search_symmetric(scales, sums_of_groups(errors, _GROUP), _GROUPS, _SCALE_ZERO, small, steps)
+    store_halves(steps, d)
+    _spell(flat, d.reshape(-1), small, _SCALE_ZERO, _Q3_ZERO, spelled)
+
+
+@kernel
+def q6_plain(weights: Floats, codes: Codes, d: Halves, sc: NDArray[np.int8]) -> None:
+    """Fill all fields of q6_k without importance: errors weigh x²."""
+    _q6(weights.reshape(-1), squares(weights), codes.reshape(-1), d.reshape(-1), sc.reshape(-1))
+
+
+@kernel
+def q6_weighted(weights: Floats, importance: Floats, codes: Codes, d: Halves, sc: NDArray[np.int8]) -> None:
+    """Fill all fields of q6_k with importance: errors weigh the importance itself."""
+    errors = alone(weights, importance)
+    _q6(weights.reshape(-1), errors, codes.reshape(-1), d.reshape(-1), sc.reshape(-1))
+
+
+@kernel
+def _q6(flat: Floats, errors: Floats, codes: Codes, d: Halves, sc: NDArray[np.int8]) -> None:
+    """Fill all fields of q6_k under the error weights `errors`."""
+    scales = np.empty(sc.size, np.float32)
+    search_symmetric(flat, errors, _GROUP, _Q6_ZERO, codes, scales)
+    for block in range(d.size):
+        here = slice(block * _GROUPS, (block + 1) * _GROUPS)
+        peak = furthest(scales[here])
+        if abs(peak) < TINY_GROUP:  # the whole block is stored as zero bytes
+            codes[block * _BLOCK : (block + 1) * _BLOCK] = 0
+            sc[here] = 0
+            d[block] = 0
+            continue
+        inverse = np.float32(-128.0) / peak
+        d[block] = half_bits(ONE / inverse)
+        for group in range(block * _GROUPS, (block + 1) * _GROUPS):
+            sc[group] = min(127, int(nearest(inverse * scales[group])))
+    _spell(flat, d, sc, 0, _Q6_ZERO, codes)
+
+
+@kernel
+def _spell(flat: Floats, d: Halves, sc: NDArray[np.generic], sc_zero: int, zero: int, codes: Codes) -> None:
+    """Fill `codes` with the nearest x / step of each group; one whose step is 0 keeps the codes of its own fit."""
+    middle = np.float32(zero)
+    for group in range(sc.size):
+        step = half_value(d[group // _GROUPS]) * (np.float32(sc[group]) - np.float32(sc_zero))
+        if step == ZERO:
+            continue
+        for i in range(group * _GROUP, (group + 1) * _GROUP):
+            codes[i] = np.uint8(middle + nearest_between(flat[i] / step, -middle, middle - ONE))
