@@ -37,14 +37,15 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class OutputFolder:
-    """The folder one `r1q quantize` fills."""
+    """The folder one `r1q quantize` fills. `elsewhere` is the checkpoint's folder where it does not lie in this one."""
 
     path: Path
+    elsewhere: Path | None = None
 
     @property
     def checkpoint(self) -> Path:
         """Where the QuantizedCheckpoint is or will be."""
-        return self.path / CHECKPOINT
+        return self.elsewhere or self.path / CHECKPOINT
 
     def refuse_foreign(self) -> None:
         """Raise `UsageError` when the folder exists and was not made by r1q."""
@@ -61,25 +62,31 @@ class OutputFolder:
 
     def artifacts(self) -> dict[str, Artifact]:
         """Return the recorded artifacts by format; files that are gone or changed in size are left out."""
+        return {fmt: artifact for fmt, artifact in self.listed().items() if self._whole(artifact)}
+
+    def listed(self) -> dict[str, Artifact]:
+        """Return the recorded artifacts by format, whatever became of their files.
+
+        Raises `InputError` for a list that is damaged or names files outside the folder.
+        """
+        path = self.path / ARTIFACTS
         try:
-            listed = json.loads((self.path / ARTIFACTS).read_bytes())
+            value = json.loads(path.read_bytes())
             found = {
-                fmt: Artifact(**{**value, "format": fmt, "notes": tuple(value["notes"])})
-                for fmt, value in listed.items()
+                fmt: Artifact(**{**entry, "format": fmt, "notes": tuple(entry["notes"])})
+                for fmt, entry in value.items()
             }
+            names = [name for entry in found.values() for name in (entry.name, *entry.files)]
+            outside = [name for name in names if Path(name).name != name or name in ("", "..")]
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise InputError(
-                f"{self.path / ARTIFACTS} is damaged ({error}); delete it and run r1q quantize again"
-            ) from error
-        return {fmt: artifact for fmt, artifact in found.items() if self._whole(artifact)}
+            raise InputError(f"{path} is damaged ({error}); delete it and run r1q quantize again") from error
+        if outside:
+            raise InputError(f"{path} names a file outside its folder; delete it and run r1q quantize again")
+        return found
 
     def _whole(self, artifact: Artifact) -> bool:
-        if Path(artifact.name).name != artifact.name or artifact.name in ("", ".", ".."):
-            raise InputError(
-                f"{self.path / ARTIFACTS} names a file outside its folder; delete it and run r1q quantize again"
-            )
         files = artifact_files(self.path / artifact.name)
         return (
             set(files) == set(artifact.files) and sum(path.stat().st_size for path in files.values()) == artifact.bytes
