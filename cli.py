@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from r1q import __version__
 from r1q.core.errors import R1qError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from r1q.plan.plan import Plan
-    from r1q.plan.walk import Exported
-    from r1q.quantize.run import Event
 
 OUTPUT_ROOT = Path("r1q-out")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -115,9 +107,10 @@ def quantize(
     from r1q.models.embedded import open_model
     from r1q.plan.choose import Wish, choose_recipe
     from r1q.plan.plan import make_plan
+    from r1q.plan.render import make_console, show_plan, show_run
     from r1q.plan.walk import quantize_model
 
-    console = _console(quiet)
+    console = make_console(quiet)
     wish = Wish(
         bits=bits, scheme=scheme, group_size=group_size, symmetric=not asymmetric, formats=parse_formats(formats)
     )
@@ -125,14 +118,14 @@ def quantize(
     choice = choose_recipe(wish, source.tensors)
     console.print(choice.reason, highlight=False)
     plan = make_plan(source, choice.recipe, wish.formats)
-    _show_plan(console, plan)
+    show_plan(console, plan)
     if strict and plan.fallbacks:
         raise click.UsageError(f"--strict: {plan.fallback_lines()[0]}")
     folder = output or OUTPUT_ROOT / f"{plan.model}-{plan.recipe.name}"
     if dry_run:
         return
     events = quantize_model(source, plan, OutputFolder(folder), method=method)
-    for path in _show_run(console, events, plan):
+    for path in show_run(console, events, plan):
         if quiet:
             click.echo(str(path))
     console.print(f"next: r1q bench {folder}", highlight=False)
@@ -140,32 +133,33 @@ def quantize(
 
 @main.command()
 @click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--target", type=click.Choice(["cpu"]), default="cpu", show_default=True, help="Where to run.")
+@click.option("--target", default="cpu", show_default=True, help="Where to run: cpu.")
 @click.option("--runtime", metavar="NAME", help="Runtime adapter. [default: the one that opens the format]")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: all physical cores]")
 @click.option(
     "--reference", type=click.Path(path_type=Path), help="Float checkpoint to compare with. [default: the source]"
 )
-@click.option("--text", type=click.Path(path_type=Path), help="Evaluation text. [default: a built-in one]")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="Evaluation text. [default: the model's own, or a built-in one]"
+)
 @click.option(
     "--windows", type=click.IntRange(min=1), default=8, show_default=True, help="Windows of 512 tokens to score."
 )
 @click.option(
-    "--repetitions",
-    type=click.IntRange(min=2),
-    default=5,
-    show_default=True,
-    help="Timed repetitions, after a warm-up.",
+    "--repetitions", type=click.IntRange(min=2), default=5, show_default=True, help="Timed runs, after a warm-up."
 )
 @click.option(
-    "--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of the prefill measurement."
+    "--prompt", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens before the first token."
 )
 @click.option(
-    "--generate", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of the decode measurement."
+    "--prefill", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of the prefill rate."
 )
-@click.option("--no-fidelity", is_flag=True, help="Speed only: no perplexity, divergence or agreement.")
+@click.option(
+    "--generate", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of the decode rate."
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON lines with every raw sample and the machine, on stdout.")
-def bench(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+@click.option("-q", "--quiet", is_flag=True, help="No progress, only the result.")
+def bench(artifacts: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure ARTIFACTS: speed, memory, and what quantization cost against the float model.
 
     An artifact is a .gguf file or a folder that `r1q quantize` made. Without one, the newest folder in ./r1q-out is taken, or else
@@ -178,67 +172,32 @@ def bench(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None:
       r1q bench r1q-out/tiny-r1-bf16 r1q-out/tiny-r1-q4_k_m --windows 16
       r1q bench model.gguf --reference ./model --text my.txt --json
     """
-    from r1q.benchmarks.run import bench_command
+    import sys
 
-    bench_command(artifacts, as_json=as_json, output_root=OUTPUT_ROOT, **options)
+    from r1q.benchmarks.run import bench as measure
+    from r1q.benchmarks.show import show_bench
 
-
-def _console(quiet: bool) -> Console:
-    from rich.console import Console
-
-    return Console(quiet=quiet, soft_wrap=True)
-
-
-def _show_plan(console: Console, plan: Plan) -> None:
-    grids = ", ".join(f"{count} × {grid}" for grid, count in plan.grids().items())
-    console.print(
-        f"{plan.model}: {plan.weights / 1e6:.1f} M weights, {plan.bytes / 1e6:.1f} MB, "
-        f"{plan.bits_per_weight:.3f} bits per weight ({grids})",
-        highlight=False,
-    )
-    for line in plan.fallback_lines():
-        console.print(f"  note: {line}", highlight=False)
+    chosen = artifacts or (_default_artifact(quiet or as_json),)
+    results = measure(chosen, command=("r1q", *sys.argv[1:]), **options)
+    code = show_bench(results, as_json=as_json, quiet=quiet)
+    if code:
+        raise click.exceptions.Exit(code)
 
 
-def _show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -> list[Path]:
-    """Draw the progress of a run and return the paths of what it made."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def _default_artifact(quiet: bool) -> Path:
+    """Return the newest folder under ./r1q-out, or the embedded model in 4 bits, made now."""
+    from r1q.core.artifact import OutputFolder, newest_output
+    from r1q.models.embedded import open_model
+    from r1q.plan.choose import Wish, choose_recipe
+    from r1q.plan.plan import make_plan
+    from r1q.plan.walk import quantize_model
 
-    from r1q.plan.walk import Exported
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    results: list[Exported] = []
-    kept = 0
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("quantize", total=len(plan.tensors))
-        for event in events:
-            if isinstance(event, Exported):
-                results.append(event)
-            elif event.what == "kept":
-                kept += 1
-                progress.advance(task, event.count)
-            elif event.what == "tensor":
-                progress.update(task, advance=1, description=event.name)
-            elif event.what == "done":
-                progress.update(task, description="writing files")
-    if kept:
-        console.print(f"resumed: {kept} block files were finished before", highlight=False)
-    for result in results:
-        state = "already done" if result.already else "done"
-        console.print(f"{state}: {result.path} ({result.artifact.bytes / 1e6:.1f} MB)", highlight=False)
-        for note in result.artifact.notes:
-            console.print(f"  {note}", highlight=False)
-    return [result.path for result in results]
+    newest = newest_output(OUTPUT_ROOT)
+    if newest is None:
+        source = open_model(None)
+        plan = make_plan(source, choose_recipe(Wish(), source.tensors).recipe, ("gguf",))
+        newest = OUTPUT_ROOT / f"{plan.model}-{plan.recipe.name}"
+        for _ in quantize_model(source, plan, OutputFolder(newest), method="rtn"):
+            pass
+    click.echo(f"benching {newest}", err=True)
+    return newest

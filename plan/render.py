@@ -1,0 +1,63 @@
+"""What `r1q quantize` shows: the plan in two lines, a progress bar, and where the result is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from r1q.plan.plan import Plan
+from r1q.plan.walk import Exported
+from r1q.quantize.run import Event
+
+
+def make_console(quiet: bool) -> Console:
+    """Return the console for people: it wraps nothing, so that paths and names stay whole; quiet, it prints nothing."""
+    return Console(quiet=quiet, soft_wrap=True)
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """Print the size of what will be made, its grids, and every fallback."""
+    grids = ", ".join(f"{count} × {grid}" for grid, count in plan.grids().items())
+    console.print(
+        f"{plan.model}: {plan.weights / 1e6:.1f} M weights, {plan.bytes / 1e6:.1f} MB, "
+        f"{plan.bits_per_weight:.3f} bits per weight ({grids})",
+        highlight=False,
+    )
+    for line in plan.fallback_lines():
+        console.print(f"  note: {line}", highlight=False)
+
+
+def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -> list[Path]:
+    """Draw the progress of a run and return the paths of what it made."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    results: list[Exported] = []
+    kept = 0
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("quantize", total=len(plan.tensors))
+        for event in events:
+            if isinstance(event, Exported):
+                results.append(event)
+            elif event.what == "kept":
+                kept += 1
+                progress.advance(task, event.count)
+            elif event.what == "tensor":
+                progress.update(task, advance=1, description=event.name)
+            elif event.what == "done":
+                progress.update(task, description="writing files")
+    if kept:
+        console.print(f"resumed: {kept} block files were finished before", highlight=False)
+    for result in results:
+        state = "already done" if result.already else "done"
+        console.print(f"{state}: {result.path} ({result.artifact.bytes / 1e6:.1f} MB)", highlight=False)
+        for note in result.artifact.notes:
+            console.print(f"  {note}", highlight=False)
+    return [result.path for result in results]
