@@ -15,11 +15,12 @@ from jinja2 import Template
 from jinja2.exceptions import SecurityError, TemplateError
 
 from r1q.core.errors import InputError
-from r1q.models.sandbox import BUDGET, BoundedEnvironment, Budget
+from r1q.models.budget import Budget
+from r1q.models.sandbox import BUDGET, BoundedEnvironment
 
-MAX_TEMPLATE = 256 << 10
+MAX_TEMPLATE = 128 << 10
 MAX_OUTPUT = 16 << 20
-_WORK = 16 << 20
+_WORK = 4 << 20
 _WORK_PER_INPUT = 64
 _INPUT_LIMIT = 64 << 20
 _MAX_STRFTIME = 64

@@ -17,20 +17,20 @@ from jinja2 import nodes, pass_context
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import FILTERS
+from jinja2.filters import FILTERS, do_indent
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, _PassArg
 from jinja2.visitor import NodeTransformer
 
+from r1q.models.budget import STRING_METHODS, Budget, charge_product, charge_replacing, joinable
+
 BUDGET = "r1q budget"  # no template can spell a variable with a space
 _WEIGH, _STEP = "r1q weigh", "r1q step"
-_ITEM_UNITS = 16  # weighing an item takes the time of many characters
-_MAX_BITS = 4096
 _MAX_ARGUMENT = 100_000
-_MAX_INDENT = 16
-# Not offered: center, format, indent, slice, wordwrap … (much from little), attr (reaches), random (differs), pprint, urlize, xmlattr.
+_MAX_INDENT = 64
+# Not offered: center, format, slice, wordwrap … (much from little), attr (reaches), random (differs), pprint, urlize, xmlattr.
 _PLAIN_FILTERS = (
     *(
         "abs",
@@ -77,35 +77,7 @@ _PLAIN_FILTERS = (
     ),
     *("upper", "urlencode", "wordcount"),
 )
-_WIDENING = frozenset(("center", "expandtabs", "format", "format_map", "ljust", "rjust", "translate", "zfill"))
-
-
-class Budget:
-    """Units of work left to one rendering. `step` is what an iteration or a call costs, whatever it does."""
-
-    def __init__(self, units: int, step: int) -> None:
-        self.units, self.step = units, step
-
-    def charge(self, units: int) -> None:
-        """Take `units` away; raise `SecurityError` when they are not there."""
-        self.units -= units
-        if self.units < 0:
-            raise SecurityError("it does more work than a chat template may")
-
-    def weigh(self, value: object) -> None:
-        """Charge for `value`: its characters, and everything inside of it."""
-        if isinstance(value, str):
-            self.charge(len(value))
-        elif isinstance(value, Undefined) or not isinstance(value, Collection):
-            self.charge(1)
-        else:
-            self.charge(_ITEM_UNITS * (1 + len(value)))
-            for item in value:
-                if isinstance(item, Namespace):
-                    raise SecurityError("it puts a namespace into a list or a dict")
-                self.weigh(item)
-                if isinstance(value, Mapping):
-                    self.weigh(value[item])
+_WIDENING = frozenset(("center", "expandtabs", "ljust", "rjust", "translate", "zfill"))
 
 
 class SandboxedNamespace(Namespace):
@@ -178,19 +150,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         filters = {name: _charged(FILTERS[name]) for name in _PLAIN_FILTERS}
         self.filters = {
             **filters,
+            "indent": _indent,
             "join": _join,
-            "replace": _replace_filter,
+            "replace": _replace,
             "tojson": _tojson,
             _WEIGH: _weigh,
             _STEP: _steps,
         }
         self.globals = {"range": self.globals["range"], "dict": dict, "namespace": SandboxedNamespace}
-
-    def wrap_str_format(self, value: Any) -> Any:
-        """Refuse str.format: a width in a format string makes any amount of text."""
-        if super().wrap_str_format(value) is not None:
-            raise SecurityError("str.format is not offered to chat templates; use ~")
-        return None
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         """Refuse at once: jinja2 itself would print an unsafe attribute as nothing."""
@@ -203,18 +170,17 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call `__obj` after charging for a step, the arguments, and what strings' `join` and `replace` will make."""
+        """Call `__obj` after charging for a step, the arguments, and what methods of strings will make of them."""
         budget = __context[BUDGET]
         budget.charge(budget.step)
         budget.weigh(args)
         budget.weigh(kwargs)
-        text = getattr(__obj, "__self__", None)
+        method = getattr(__obj, "__wrapped__", __obj)  # jinja2 wraps str.format
+        text = getattr(method, "__self__", None)
         if isinstance(text, str):
             budget.weigh(text)
-            if __obj.__name__ == "join":
-                args = (_joinable(budget, text, *args),)
-            elif __obj.__name__ == "replace":
-                _charge_replace(budget, text, *args)
+            if before := STRING_METHODS.get(method.__name__):
+                args = before(budget, text, args, kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -223,7 +189,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str):
             raise SecurityError("formatting with % is not offered to chat templates; use ~")
         if operator in ("*", "**"):
-            _charge_product(budget, operator, left, right)
+            charge_product(budget, operator, left, right)
         elif not isinstance(left, int | float):
             budget.weigh(left)
             budget.weigh(right)
@@ -241,8 +207,6 @@ def _refuse_private(name: object) -> None:
 
 @pass_context
 def _weigh(context: Context, value: Any) -> Any:
-    if isinstance(value, Namespace):
-        raise SecurityError("it puts a namespace into text")
     context[BUDGET].weigh(value)
     return value
 
@@ -302,53 +266,26 @@ def _charged(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pass_context
 def _join(context: Context, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
-    items = (
-        context.environment.call_filter("map", value, kwargs={"attribute": attribute}, context=context)
-        if attribute
-        else value
-    )
-    budget = context[BUDGET]
-    return str(d).join(_joinable(budget, str(d), items))
-
-
-def _joinable(budget: Budget, separator: str, items: Iterable[Any]) -> list[str]:
-    texts = []
-    for item in items:
-        if isinstance(item, Namespace):
-            raise SecurityError("it puts a namespace into text")
-        budget.charge(len(separator) + 1)
-        budget.weigh(item)
-        texts.append(str(item))
-    return texts
+    if attribute is not None:
+        value = context.environment.call_filter("map", value, kwargs={"attribute": attribute}, context=context)
+    return str(d).join(joinable(context[BUDGET], str(d), value))
 
 
 @pass_context
-def _replace_filter(context: Context, value: Any, old: Any, new: Any, count: int = -1) -> str:
-    text, old, new = str(_weigh(context, value)), str(_weigh(context, old)), str(_weigh(context, new))
-    _charge_replace(context[BUDGET], text, old, new)
+def _replace(context: Context, value: Any, old: Any, new: Any, count: int = -1) -> str:
+    text, old, new = (str(_weigh(context, part)) for part in (value, old, new))
+    charge_replacing(context[BUDGET], text, old, new)
     return text.replace(old, new, count)
 
 
-def _charge_replace(budget: Budget, text: str, old: object, new: object, count: object = None) -> None:
-    if isinstance(old, str) and isinstance(new, str):
-        budget.charge(len(text) + (len(text) // max(1, len(old)) + 1) * len(new))
-
-
-def _charge_product(budget: Budget, operator: str, left: Any, right: Any) -> None:
-    """Charge for a repetition; refuse numbers of more than `_MAX_BITS` bits."""
-    for sequence, times in ((left, right), (right, left)):
-        if isinstance(sequence, Collection) and isinstance(times, int):
-            if isinstance(sequence, str):
-                budget.charge(len(sequence) * max(0, times))
-            else:
-                for item in sequence:
-                    budget.weigh(item)
-                budget.charge(len(sequence) * max(0, times))
-            return
-    if isinstance(left, int) and isinstance(right, int):
-        bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
-        if bits > _MAX_BITS:
-            raise SecurityError("it computes with enormous numbers")
+@pass_context
+def _indent(context: Context, s: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    text = str(_weigh(context, s))
+    size = width if isinstance(width, int) else len(width)
+    if size > _MAX_INDENT:
+        raise SecurityError(f"it indents text by {size}")
+    context[BUDGET].charge(len(text) + size * (1 + len(text.splitlines())))
+    return do_indent(text, width, first, blank)
 
 
 @pass_context

@@ -1,7 +1,8 @@
 """Tokenizer: text to token ids and back, as `tokenizer.json` and `tokenizer_config.json` say; never code of the checkpoint.
 
-Whether a beginning-of-text token is added is decided as transformers 5 decides it: `add_bos_token` or `add_eos_token` in
-tokenizer_config.json overrule the post-processor of tokenizer.json.
+What is put around a text follows llama.cpp's converter and transformers 4: `add_bos_token` and `add_eos_token` of
+tokenizer_config.json, where they are said, overrule the post-processor of tokenizer.json. (transformers 5 ignores them, and so
+loses the beginning-of-text token of DeepSeek-R1-Distill-Qwen, whose post-processor does not know it.)
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Tokenizer:
         self._backend = backend
         self.bos_token, self.eos_token = (_special(settings, key) for key in ("bos_token", "eos_token"))
         self.bos_id, self.eos_id = self._id(self.bos_token), self._id(self.eos_token)
-        self._around = _around(settings, self.bos_id, self.eos_id)
+        self._around = self._said_around(settings)
         self.vocab_size: int = backend.get_vocab_size()
         self.adds_bos = self.bos_id is not None and self.encode("a", add_special=True)[:1] == [self.bos_id]
 
@@ -82,6 +83,23 @@ class Tokenizer:
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt, **tokens, **variables}
         return render_chat(self.chat_template, given, now)
 
+    def _said_around(self, settings: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
+        """Return the ids before and after a text, None where tokenizer_config.json leaves both to the post-processor."""
+        said = [settings.get(key) for key in ("add_bos_token", "add_eos_token")]
+        if not any(isinstance(value, bool) for value in said):
+            return None
+        plain: list[int] = self._backend.encode("a", add_special_tokens=False).ids
+        full: list[int] = self._backend.encode("a", add_special_tokens=True).ids
+        processed = (
+            full[:1] != plain[:1] and full[0] == self.bos_id,
+            full[-1:] != plain[-1:] and full[-1] == self.eos_id,
+        )
+        bos, eos = (
+            value if isinstance(value, bool) else default for value, default in zip(said, processed, strict=True)
+        )
+        before = [self.bos_id] if bos and self.bos_id is not None else []
+        return before, [self.eos_id] if eos and self.eos_id is not None else []
+
     def _id(self, token: str | None) -> int | None:
         found = None if token is None else self.token_id(token)
         if token is not None and found is None:
@@ -125,15 +143,6 @@ def _special(settings: Mapping[str, Any], key: str) -> str | None:
     value = settings.get(key)
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) and text else None
-
-
-def _around(settings: Mapping[str, Any], bos: int | None, eos: int | None) -> tuple[list[int], list[int]] | None:
-    """Return the ids to put before and after a text, None when tokenizer.json's post-processor decides."""
-    if "add_bos_token" not in settings and "add_eos_token" not in settings:
-        return None
-    before = [bos] if settings.get("add_bos_token") and bos is not None else []
-    after = [eos] if settings.get("add_eos_token") and eos is not None else []
-    return before, after
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
