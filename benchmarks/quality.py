@@ -58,16 +58,18 @@ def read_text(path: Path) -> str:
     return text
 
 
-def affordable(windows: int, window_bytes: int, *, limit: int, free: int) -> int:
-    """Return how many windows' logits of `window_bytes` each may lie on disk. Raises ResourceError if not one."""
-    room = min(limit, free - SPARE)
+def affordable(windows: int, window_bytes: int, *, limit: int, free: int) -> tuple[int, str]:
+    """Return how many windows' logits of `window_bytes` each may lie on disk, and what sets that bound.
+
+    Raises ResourceError if not one may.
+    """
+    room, bound = min(
+        (limit, f"{limit >> 20} MiB is the limit"),
+        (free - SPARE, f"{free >> 20} MiB are free in the temporary folder"),
+    )
     if room < window_bytes:
-        where = (limit, "is the limit") if limit < window_bytes else (free, "are free in the temporary folder")
-        need = -(-window_bytes >> 20)
-        raise ResourceError(
-            f"one window of reference logits needs {need} MiB on disk, and {where[0] >> 20} MiB {where[1]}"
-        )
-    return min(windows, room // window_bytes)
+        raise ResourceError(f"one window of reference logits needs {-(-window_bytes >> 20)} MiB on disk, and {bound}")
+    return min(windows, room // window_bytes), bound
 
 
 def reference(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -76,7 +78,6 @@ def reference(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     Writes `tokens.npy` int64 [windows, length] and `logits.npy` float32 [windows, scored, vocab] into the folder. Yields `reference`
     with the windows' facts, then each window's nll.
     """
-    from r1q.models.forward import logits
     from r1q.models.source import ModelSource
     from r1q.models.tokenizer import Tokenizer
 
@@ -90,16 +91,19 @@ def reference(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     first, found = length // 2, len(tokens)
     scored = length - 1 - first
     free = shutil.disk_usage(folder).free
-    tokens = tokens[: affordable(found, 4 * scored * config.vocab_size, limit=job["limit"], free=free)]
+    kept, bound = affordable(found, 4 * scored * config.vocab_size, limit=job["limit"], free=free)
+    tokens = tokens[:kept]
     np.save(folder / TOKENS, tokens)
     yield {
         "reference": {
             "length": length,
             "first": first,
             "windows": len(tokens),
-            "notes": _notes(job, found, len(tokens)),
+            "notes": _notes(job, found, kept, bound),
         }
     }
+    from r1q.models.forward import logits  # loads torch: not before it is known that there is something to do
+
     shape = (len(tokens), scored, config.vocab_size)
     table = open_memmap(folder / LOGITS, mode="w+", dtype=np.float32, shape=shape)
     # The last position predicts a token outside the window: it is left out.
@@ -149,14 +153,12 @@ def _compare(session: Session, ids: Sequence[int], tokens: NDArray[np.int64], ta
     ]
 
 
-def _notes(job: Mapping[str, Any], found: int, kept: int) -> list[str]:
+def _notes(job: Mapping[str, Any], found: int, kept: int, bound: str = "") -> list[str]:
     notes = []
     if found < job["windows"]:
         notes.append(f"the text fills {found} windows of the {job['windows']} asked for")
     if kept < found:
-        notes.append(
-            f"only {kept} of {found} windows are scored: the reference's logits of more would not fit {job['limit'] >> 20} MiB"
-        )
+        notes.append(f"{kept} of {found} windows are scored: the reference's logits lie on disk, and {bound}")
     return notes
 
 

@@ -110,7 +110,9 @@ def _scored(quality: Quality) -> str:
     base = quality.reference_perplexity()
     if base is None:
         return text
-    return f"{text}; KLD (nats) and top-1 against {quality.reference} in float32, whose perplexity is {_estimate(base)}"
+    return (
+        f"{text}; KLD (nats) and top-1 against {quality.reference} in float32, whose perplexity is {_estimate(base, 4)}"
+    )
 
 
 def _remarks(results: Sequence[BenchResult]) -> Iterator[RenderableType]:
@@ -171,10 +173,9 @@ def _kld(result: BenchResult) -> str:
     kld = None if result.quality is None else result.quality.fidelity().kld
     if kld is None:
         return ABSENT
-    # Divergences of good grids are small: three significant digits wherever they begin.
-    if kld.value < 1e-4:
-        return f"{kld.value:.1e}"
-    return f"{kld.value:.4f}" + ("" if kld.error is None else f" ± {kld.error:.4f}")
+    # Fine grids diverge by millionths, where four decimals would say nothing.
+    value, error = (".1e", ".0e") if kld.value < 1e-3 else (".4f", ".4f")
+    return f"{kld.value:{value}}" + ("" if kld.error is None else f" ± {kld.error:{error}}")
 
 
 def _top1(result: BenchResult) -> str:

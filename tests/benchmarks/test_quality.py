@@ -33,9 +33,9 @@ def test_no_more_windows_than_asked_for_and_none_is_refused() -> None:
 
 def test_windows_that_fit_the_disk() -> None:
     mib, spare = 1 << 20, quality.SPARE
-    assert quality.affordable(8, 10 * mib, limit=1000 * mib, free=spare + 1000 * mib) == 8
-    assert quality.affordable(8, 10 * mib, limit=35 * mib, free=spare + 1000 * mib) == 3
-    assert quality.affordable(8, 10 * mib, limit=1000 * mib, free=spare + 25 * mib) == 2
+    assert quality.affordable(8, 10 * mib, limit=1000 * mib, free=spare + 1000 * mib)[0] == 8
+    assert quality.affordable(8, 10 * mib, limit=35 * mib, free=spare + 1000 * mib)[0] == 3
+    assert quality.affordable(8, 10 * mib, limit=1000 * mib, free=spare + 25 * mib)[0] == 2
     with pytest.raises(ResourceError, match="needs 10 MiB on disk, and 5 MiB is the limit"):
         quality.affordable(8, 10 * mib, limit=5 * mib, free=spare + 1000 * mib)
     with pytest.raises(ResourceError, match="needs 10 MiB on disk, and 261 MiB are free in the temporary folder"):

@@ -1,0 +1,229 @@
+"""The whole bench on small real models: results, events, refusals, and runtimes that die half way."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from r1q.benchmarks import quality
+from r1q.benchmarks.result import BenchResult
+from r1q.benchmarks.run import TEXT, Event, bench
+from r1q.core.artifact import OutputFolder
+from r1q.core.errors import InputError, UsageError
+from r1q.models.source import ModelSource
+from r1q.plan.choose import Wish, choose_recipe
+from r1q.plan.plan import make_plan
+from r1q.plan.walk import quantize_model
+from r1q.runtimes.table import RUNTIMES
+
+pytestmark = pytest.mark.runtime
+FAST = {"threads": 1, "prompt": 8, "prefill": 16, "generate": 4, "repetitions": 2, "windows": 2}
+
+
+def run(artifacts: list[Path], **options: object) -> tuple[list[BenchResult], list[Event]]:
+    found = list(bench(artifacts, **{**FAST, **options}))  # type: ignore[arg-type]
+    return [one for one in found if isinstance(one, BenchResult)], [one for one in found if isinstance(one, Event)]
+
+
+def quantized(checkpoint: Path, folder: Path, scheme: str) -> Path:
+    """Quantize with the library and return the output folder, which remembers its source."""
+    source = ModelSource.open(checkpoint)
+    plan = make_plan(source, choose_recipe(Wish(scheme=scheme), source.tensors).recipe, ("gguf",))
+    for _ in quantize_model(source, plan, OutputFolder(folder), method="rtn"):
+        pass
+    return folder
+
+
+def test_a_file_without_a_reference_has_speed_and_perplexity(tiny_gguf: Path) -> None:
+    (result,), events = run([tiny_gguf], command=("r1q", "bench", "x"))
+    assert result.exit_code == 0
+    assert (result.name, result.grid, result.runtime, result.threads) == ("Tiny-F32", "f32", "llama-cpp", 1)
+    assert result.command == ("r1q", "bench", "x")
+    assert result.speed is not None
+    assert [len(result.speed.prefill.seconds), len(result.speed.prefill.warm_up)] == [2, 1]
+    assert (result.speed.first_token.tokens, result.speed.prefill.tokens, result.speed.decode.tokens) == (8, 16, 4)
+    assert result.speed.peak_memory > result.speed.base_memory
+    assert result.quality is not None
+    assert (result.quality.windows, result.quality.length, len(result.quality.nll)) == (2, 128, 126)
+    assert result.quality.kld is None
+    assert any("give one with --reference" in note for note in result.notes)
+    assert result.quality.text == TEXT.name
+    assert [event.stage for event in events] == ["speed"] * 3 + ["quality"] * 3
+    assert [event.done for event in events] == [0, 1, 2, 0, 1, 2]
+    assert BenchResult.from_json(result.to_json()) == result
+
+
+def test_no_machine_path_but_the_users_own_is_in_the_json(tiny_gguf: Path) -> None:
+    (result,), _ = run([tiny_gguf])
+    data = json.loads(result.to_json())
+    assert data.pop("artifact") == str(tiny_gguf)
+    assert "/" not in json.dumps({**data, "machine": {}, "versions": {}})
+
+
+def test_less_than_asked_for_is_noted(tiny_gguf: Path) -> None:
+    (result,), _ = run([tiny_gguf], prefill=512, generate=129)
+    assert result.speed is not None
+    assert (result.speed.prefill.tokens, result.speed.decode.tokens) == (128, 128)
+    assert {note for note in result.notes if "whole context" in note} == {
+        "prefill is 128 tokens, the model's whole context",
+        "generate is 128 tokens, the model's whole context",
+    }
+
+
+def test_three_schemes_and_a_stranger_against_one_reference(
+    make_model: Callable[..., Path], tmp_path: Path, tiny_gguf: Path
+) -> None:
+    checkpoint = make_model("llama")
+    folders = [quantized(checkpoint, tmp_path / scheme, scheme) for scheme in ("f32", "q8_0", "q4_0")]
+    own_text = checkpoint / "evaluation.txt"
+    own_text.write_text("the quick brown fox thinks again: 12 + 30 = 42. " * 100)
+    (stranger, *results), events = run([tiny_gguf, *folders], reference=checkpoint)
+    # Once for all, then its two windows.
+    assert [event.stage for event in events].count("reference") == 1 + 2
+    # Another model is refused in its own row only, and its speed is kept.
+    assert [result.exit_code for result in (stranger, *results)] == [3, 0, 0, 0]
+    assert "they are not the same model" in stranger.failures[0].message
+    assert stranger.speed is not None
+    assert stranger.quality is None
+    qualities = [result.quality for result in results if result.quality is not None]
+    for one in qualities:
+        assert one.reference == checkpoint.name
+        # The text beside the reference is the default; a context of 256 makes windows of 256.
+        assert one.text_sha256 == hashlib.sha256(own_text.read_bytes()).hexdigest()
+        assert (one.length, one.first, len(one.nll)) == (256, 128, 2 * 127)
+    found = [one.fidelity() for one in qualities]
+    klds = [one.kld.value for one in found if one.kld is not None]
+    # A float16 cache is all that the first differs by: 2^-11 of keys and values. 8 and 4 bits come above it, in order.
+    assert klds[0] < 1e-5
+    assert klds[0] < klds[1] < klds[2]
+    assert klds[2] > 1e-4
+    assert found[0].top1 is not None
+    assert found[0].top1.value > 0.98
+    base = qualities[0].reference_perplexity()
+    assert base is not None
+    assert found[0].perplexity.value == pytest.approx(base.value, rel=1e-3)
+
+
+def test_float32_file_diverges_from_our_own_forward_by_rounding(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = make_model("qwen2", tied=True)
+    (path,) = quantized(checkpoint, tmp_path / "out", "f32").glob("*.gguf")
+    base = {"text": str(TEXT), "windows": 3, "folder": str(tmp_path), "limit": 1 << 30}
+    opened, *windows = quality.reference({**base, "checkpoint": str(checkpoint)})
+    assert opened["reference"]["notes"] == []
+    options = {"cache": "f32", "flash_attention": False, "threads": 1, "context": 256}
+    job = {**base, "path": str(path), "runtime": "llama-cpp", "options": options, "length": 256}
+    facts, *scores = quality.scores(job)
+    assert facts["opened"]["notes"] == []  # the GGUF's own tokenizer agrees
+    for own, theirs in zip(windows, scores, strict=True):
+        np.testing.assert_allclose(theirs["nll"], own["nll"], atol=1e-3)
+        assert max(theirs["kld"]) < 1e-6
+
+
+def test_a_disk_limit_leaves_fewer_windows_and_says_so(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    window = 4 * 127 * 320
+    job = {"checkpoint": str(make_model("llama")), "text": str(TEXT), "windows": 2, "folder": str(tmp_path)}
+    opened, *windows = quality.reference({**job, "limit": window + 1})
+    assert len(windows) == 1
+    assert opened["reference"]["notes"] == [
+        "1 of 2 windows are scored: the reference's logits lie on disk, and 0 MiB is the limit"
+    ]
+
+
+def test_a_reference_that_fails_leaves_speed_and_perplexity(
+    make_model: Callable[..., Path], tmp_path: Path, tiny_gguf: Path
+) -> None:
+    (result,), _ = run([tiny_gguf], reference=make_model("llama"), logits_limit=1000)
+    assert [(failure.stage, failure.exit_code) for failure in result.failures] == [("reference", 5)]
+    assert result.speed is not None
+    assert result.quality is not None
+    assert result.quality.kld is None
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"target": "tpu"}, "no target named 'tpu'"),
+        ({"runtime": "llama"}, "no runtime named 'llama'; did you mean llama-cpp"),
+        ({"repetitions": 0}, "repetitions is 0"),
+        ({"threads": 0}, "threads is 0"),
+    ],
+)
+def test_wishes_that_cannot_be_are_refused_first(tiny_gguf: Path, options: dict[str, object], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        run([tiny_gguf], **options)
+
+
+def test_damaged_inputs_are_refused_first(tiny_gguf: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(tiny_gguf.read_bytes()[:200])
+    with pytest.raises(InputError, match=r"bad\.gguf"):
+        next(bench([tiny_gguf, bad]))
+    with pytest.raises(InputError, match="cannot be read"):
+        next(bench([tiny_gguf], text=tmp_path / "absent.txt"))
+
+
+DYING = """
+import os
+from r1q.runtimes.base import Options
+from r1q.runtimes.echo import Echo, EchoSession
+
+class Session(EchoSession):
+    calls = 0
+    def step(self, pairs):
+        self.calls += 1
+        if self.calls > 4 * 2:
+            os.kill(os.getpid(), 9)
+        return super().step(pairs)
+    def logits(self, tokens, first=0):
+        self.calls += 1
+        if self.calls > 1:
+            import resource
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            os.abort()
+        return super().logits(tokens, first)
+
+class Dying(Echo):
+    name = "dying"
+    def open(self, path, options):
+        return Session(264, options.context, options.sequences, load_seconds=0.1)
+"""
+
+
+@pytest.fixture
+def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Install a runtime as a third party would, that is killed in the second repetition and aborts in the second window."""
+    plugin = tmp_path / "plugin"
+    info = plugin / "dying_runtime-1.0.dist-info"
+    info.mkdir(parents=True)
+    (plugin / "dying_runtime.py").write_text(DYING)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dying-runtime\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[r1q.runtimes]\ndying = dying_runtime:Dying\n")
+    monkeypatch.syspath_prepend(plugin)
+    monkeypatch.setenv("PYTHONPATH", str(plugin))
+    RUNTIMES.__dict__.pop("entries", None)
+    yield
+    RUNTIMES.__dict__.pop("entries", None)
+
+
+@pytest.mark.usefixtures("dying")
+def test_a_runtime_that_dies_keeps_what_was_measured_and_the_others_go_on(
+    tiny_gguf: Path, tmp_path: Path, write_gguf: Callable[..., Path]
+) -> None:
+    other = write_gguf(tmp_path / "Other-F32.gguf", seed=2)
+    results, _ = run([tiny_gguf, other], runtime="dying", repetitions=3)
+    assert [result.name for result in results] == ["Tiny-F32", "Other-F32"]
+    for result in results:
+        assert result.speed is not None
+        # Eight steps were allowed: the warm-up's four and the first repetition's.
+        assert len(result.speed.decode.seconds) == 1
+        assert result.quality is not None
+        assert result.quality.windows == 1
+        assert [(failure.stage, failure.exit_code) for failure in result.failures] == [("speed", 5), ("quality", 4)]
+        assert "killed (SIGKILL)" in result.failures[0].message
+        assert "crashed (SIGABRT)" in result.failures[1].message
+        assert result.exit_code == 5
