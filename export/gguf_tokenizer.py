@@ -157,7 +157,8 @@ def _added_entries(folder: Path, tokenizer: Tokenizer, ids: Mapping[str, int]) -
             f"{folder / TOKENIZER_JSON}: it puts {full} around {plain}; a GGUF file can only say that BOS or EOS is added"
         )
     yield Entry("tokenizer.ggml.add_bos_token", bos, "bool")
-    yield Entry("tokenizer.ggml.add_eos_token", eos, "bool")
+    if eos:
+        yield Entry("tokenizer.ggml.add_eos_token", True, "bool")
 
 
 def _template_entries(default: str | None, listed: object) -> Iterator[Entry]:

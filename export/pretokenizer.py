@@ -127,14 +127,16 @@ def prove_tokenizer(gguf: Path, folder: Path) -> str:
     texts = proof_texts([token["content"] for token in data.get("added_tokens") or []])
     if composed:
         texts = [unicodedata.normalize("NFC", text) for text in texts]
-    theirs, version = tokenize_apart(gguf, texts)
-    tokenizer = Tokenizer.open(folder)
-    for text, found in zip(texts, theirs, strict=True):
+    theirs, tokenizer = tokenize_apart(gguf, texts), Tokenizer.open(folder)
+    for text, found in zip(texts, theirs.ids, strict=True):
         expected = tokenizer.encode(text, add_special=False)
-        if list(expected) != found:
+        if expected != found:
             raise InputError(_difference(gguf, text, expected, found))
+    framed = tokenizer.encode(texts[0], add_special=True)
+    if framed != theirs.framed:
+        raise InputError(f"{gguf}: llama.cpp adds other special tokens: {texts[0]!r} is {theirs.framed}, not {framed}")
     note = "; texts in Unicode NFC, which llama.cpp leaves to its caller" if composed else ""
-    return f"proven: {len(texts)} texts, {sum(map(len, theirs))} tokens, equal ids in {version}{note}"
+    return f"proven: {len(texts)} texts, {sum(map(len, theirs.ids))} tokens, equal ids in {theirs.version}{note}"
 
 
 def _difference(gguf: Path, text: str, expected: Sequence[int], found: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,17 @@ _MAX_TOKENS = 1 << 16
 _REFUSED = 3
 
 
-def tokenize_apart(gguf: Path, texts: Sequence[str]) -> tuple[list[list[int]], str]:
-    """Return llama.cpp's ids of each text (special tokens parsed, none added), and the version that gave them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeTokens:
+    """llama.cpp's `ids` of each text (special tokens parsed, none added), of the first one `framed` by what it adds."""
+
+    ids: list[list[int]]
+    framed: list[int]
+    version: str
+
+
+def tokenize_apart(gguf: Path, texts: Sequence[str]) -> NativeTokens:
+    """Return llama.cpp's tokens of each text, and the version that gave them.
 
     Raises `InputError` when llama.cpp refuses the file, `MissingError` when it crashes or takes longer than five minutes.
     """
@@ -48,7 +58,7 @@ def tokenize_apart(gguf: Path, texts: Sequence[str]) -> tuple[list[list[int]], s
         ) from error
     if done.returncode == 0:
         answer: dict[str, Any] = json.loads(done.stdout)
-        return answer["ids"], answer["version"]
+        return NativeTokens(**answer)
     reason = " ".join(done.stderr.split())[-300:] or "no message"
     if done.returncode == _REFUSED:
         raise InputError(f"{gguf}: llama.cpp refuses the vocabulary: {reason}")
@@ -78,18 +88,20 @@ def _main() -> int:
         sys.stderr.write("".join(said))
         return _REFUSED
     vocab = llama_cpp.llama_model_get_vocab(model)
-    ids = [_tokenize(llama_cpp, vocab, text.encode()) for text in request["texts"]]
+    texts = [text.encode() for text in request["texts"]]
+    ids = [_tokenize(llama_cpp, vocab, text, False) for text in texts]
+    framed = _tokenize(llama_cpp, vocab, texts[0], True)
     llama_cpp.llama_model_free(model)
     version = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}"
     with os.fdopen(answers, "w", encoding="utf-8") as out:
-        json.dump({"ids": ids, "version": version}, out)
+        json.dump({"ids": ids, "framed": framed, "version": version}, out)
     return 0
 
 
-def _tokenize(llama_cpp: Any, vocab: Any, text: bytes) -> list[int]:
+def _tokenize(llama_cpp: Any, vocab: Any, text: bytes, add_special: bool) -> list[int]:
     room = len(text) + 8
     buffer = (llama_cpp.llama_token * room)()
-    count = llama_cpp.llama_tokenize(vocab, text, len(text), buffer, room, False, True)
+    count = llama_cpp.llama_tokenize(vocab, text, len(text), buffer, room, add_special, True)
     if count < 0:
         raise ValueError(f"{-count} tokens from {len(text)} bytes")
     return list(buffer[:count])
