@@ -1,6 +1,6 @@
 """How llama.cpp fits each of its block types, bit for bit: weights in, codes and scales out.
 
-A grid is one table row: the kernel that fits it without importance, the one with, and the numbers that set it apart from its kin.
+A grid is one table row: the function that fits it without importance, the one with, and the numbers that set it apart from its kin.
 Kernels are compiled when first used and kept on disk, so a run pays only for the grids it uses, once a machine.
 The bytes are those of llama.cpp built for x86-64 without fused multiply-add, as its `libggml-base` is.
 """
@@ -23,14 +23,13 @@ from r1q.core.scheme import GRIDS
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 
-_SLAB_WEIGHTS = (
-    1 << 17
-)  # a slab of this many weights takes milliseconds: long against starting it, short against a tensor
+# A slab of this many weights takes milliseconds: long against starting it, short against a tensor.
+_SLAB_WEIGHTS = 1 << 17
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """One row of the table: kernels `plain` and `weighted` of `module`, each called with its own last arguments.
+    """One row of the table: functions `plain` and `weighted` of `module`, each called with its own last arguments.
 
     `weighted` is None where llama.cpp ignores importance.
     """
@@ -81,17 +80,18 @@ def quantize_rows(
     fields = {name: _empty(param.dtype, rows, blocks * param.entries) for name, param in LAYOUTS[grid].params.items()}
     search = SEARCHES[grid]
     module = importlib.import_module(f"{__name__}.{search.module}")
-    weigh = importance is not None and search.weighted is not None
-    fit: Callable[..., None] = getattr(module, search.weighted if weigh and search.weighted else search.plain)
-    last = search.weighted_with if weigh else search.plain_with
-    inputs = (importance,) if weigh else ()
+    inputs: tuple[Floats, ...] = ()
+    name, last = search.plain, search.plain_with
+    if importance is not None and search.weighted is not None:
+        inputs, name, last = (np.ascontiguousarray(importance),), search.weighted, search.weighted_with
+    fit: Callable[..., None] = getattr(module, name)
+    step = max(1, _SLAB_WEIGHTS // max(columns, 1))
 
     def fit_slab(first: int) -> None:
         slab = slice(first, first + step)
         fit(weights[slab], *inputs, codes[slab], *(array[slab] for array in fields.values()), *last)
 
-    step = max(1, _SLAB_WEIGHTS // max(columns, 1))
-    _on_all(fit_slab, range(0, rows, step), threads)
+    _on_all(fit_slab, range(0, rows if columns else 0, step), threads)
     params = {name: fields[name].view(param.dtype) for name, param in LAYOUTS[grid].params.items()}
     return codes, params
 

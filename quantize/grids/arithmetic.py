@@ -34,8 +34,13 @@ _ROUNDING = np.float32(12582912.0)  # 1.5 · 2**23: adding it leaves the nearest
 _INT_LIMIT = np.float32(2147483648.0)
 
 
+def inlined(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile `function` into the kernels that call it. It divides by zero as IEEE 754 says."""
+    return cast(Callable[P, R], numba.njit(nogil=True, error_model="numpy")(function))
+
+
 def kernel(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile `function` to machine code that is kept on disk, releases the GIL and divides by zero as IEEE 754 says."""
+    """Compile `function` to machine code that is kept on disk and releases the GIL, to be called from Python."""
     try:
         compiled = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
         # numba throws a kernel away when its own file changes, but not when a file changes whose kernels were inlined into it:
@@ -56,14 +61,14 @@ def _sources() -> str:
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
-@kernel
+@inlined
 def nearest(value: np.float32) -> np.int32:
     """Return the nearest integer, half to even, for |value| < 2**22; beyond, and for NaN, what C reads from the mantissa."""
     bits = np.float32(value + _ROUNDING).view(np.int32)
     return np.int32(np.int32(bits & np.int32(0x007FFFFF)) - np.int32(0x00400000))
 
 
-@kernel
+@inlined
 def nearest_between(value: np.float32, low: np.float32, high: np.float32) -> np.float32:
     """Return the nearest integer, at least `low` and at most `high`."""
     number = np.float32(nearest(value))
@@ -71,13 +76,13 @@ def nearest_between(value: np.float32, low: np.float32, high: np.float32) -> np.
     return low if number < low else number
 
 
-@kernel
+@inlined
 def truncated(value: np.float32) -> int:
     """Return `value` cut to an integer; 0 where C leaves the cast undefined (x86 then yields INT_MIN, whose low byte is 0)."""
     return int(np.int32(value)) if abs(value) < _INT_LIMIT else 0
 
 
-@kernel
+@inlined
 def rounded_away(value: np.float32) -> int:
     """Return the nearest integer, half away from zero (C's roundf), with `truncated`'s answer for what has none."""
     whole = truncated(value)
@@ -87,7 +92,7 @@ def rounded_away(value: np.float32) -> int:
     return whole
 
 
-@kernel
+@inlined
 def half_bits(value: np.float32) -> np.uint16:
     """Return the bits of the float16 nearest to `value`, half to even, subnormals included; NaN becomes the quiet one."""
     bits = np.int64(np.float32(value).view(np.uint32))
@@ -106,13 +111,12 @@ def half_bits(value: np.float32) -> np.uint16:
 
 @kernel
 def store_halves(values: Floats, out: Halves) -> None:
-    """Fill `out` [rows, blocks] with the bits of the halves nearest to `values`, which are in the same order, flat."""
-    flat = out.reshape(-1)
+    """Fill `out` with the bits of the halves nearest to `values`."""
     for i in range(values.size):
-        flat[i] = half_bits(values[i])
+        out[i] = half_bits(values[i])
 
 
-@kernel
+@inlined
 def half_value(bits: np.uint16) -> np.float32:
     """Return the float32 that the float16 `bits` stand for."""
     sign, exponent, mantissa = (np.int64(bits) & 0x8000) << 16, (np.int64(bits) >> 10) & 31, np.int64(bits) & 1023
@@ -123,7 +127,7 @@ def half_value(bits: np.uint16) -> np.float32:
     return np.uint32(sign | widened | (mantissa << 13)).view(np.float32)
 
 
-@kernel
+@inlined
 def furthest(values: Floats) -> np.float32:
     """Return the value of largest magnitude, the first of several; 0 where none is above 0."""
     largest, magnitude = ZERO, ZERO

@@ -26,63 +26,62 @@ _BLOCK = 256
 _SCALE_ZERO = 32
 
 
-@kernel
 def lone_plain(weights: Floats, codes: Codes, d: Halves) -> None:
     """Fill `codes` and `d` of iq4_nl without importance."""
-    _lone(weights, squares(weights), codes, d)
+    _lone(weights.reshape(-1), squares(weights.reshape(-1)), codes, d)
 
 
-@kernel
 def lone_weighted(weights: Floats, importance: Floats, codes: Codes, d: Halves) -> None:
     """Fill `codes` and `d` of iq4_nl with importance."""
-    _lone(weights, by_importance(weights, importance, _GROUP, ONE, np.float32(_GROUP // 2)), codes, d)
+    errors = by_importance(weights.reshape(-1), importance, _GROUP, ONE, np.float32(_GROUP // 2))
+    _lone(weights.reshape(-1), errors, codes, d)
 
 
-@kernel
 def joined_plain(weights: Floats, codes: Codes, d: Halves, sc: Codes) -> None:
     """Fill all fields of iq4_xs without importance."""
-    _joined(weights, squares(weights), codes, d, sc)
+    _joined(weights.reshape(-1), squares(weights.reshape(-1)), codes, d, sc)
 
 
-@kernel
 def joined_weighted(weights: Floats, importance: Floats, codes: Codes, d: Halves, sc: Codes) -> None:
     """Fill all fields of iq4_xs with importance."""
-    _joined(weights, by_importance(weights, importance, _BLOCK, ONE, np.float32(_BLOCK // 2)), codes, d, sc)
+    errors = by_importance(weights.reshape(-1), importance, _BLOCK, ONE, np.float32(_BLOCK // 2))
+    _joined(weights.reshape(-1), errors, codes, d, sc)
 
 
-@kernel
-def _lone(weights: Floats, errors: Floats, codes: Codes, d: Halves) -> None:
+def _lone(flat: Floats, errors: Floats, codes: Codes, d: Halves) -> None:
     """Fill `codes` and `d` of iq4_nl under the error weights `errors`."""
-    flat, spelled = weights.reshape(-1), codes.reshape(-1)
     scales = np.empty(d.size, np.float32)
     search_codebook(flat, errors, _GROUP, scales)
-    store_halves(scales, d)
-    for group in range(scales.size):
-        here = slice(group * _GROUP, (group + 1) * _GROUP)
-        _spell(flat[here], scales[group], spelled[here])
+    store_halves(scales, d.reshape(-1))
+    _spell(flat, scales, codes.reshape(-1))
+
+
+def _joined(flat: Floats, errors: Floats, codes: Codes, d: Halves, sc: Codes) -> None:
+    """Fill all fields of iq4_xs under the error weights `errors`."""
+    scales, steps = np.empty(sc.size, np.float32), np.empty(d.size, np.float32)
+    search_codebook(flat, errors, _GROUP, scales)
+    _join(scales, steps, sc.reshape(-1))
+    store_halves(steps, d.reshape(-1))
+    _spell(flat, scales, codes.reshape(-1))
 
 
 @kernel
-def _joined(weights: Floats, errors: Floats, codes: Codes, d: Halves, sc: Codes) -> None:
-    """Fill all fields of iq4_xs under the error weights `errors`."""
-    flat, spelled, small = weights.reshape(-1), codes.reshape(-1), sc.reshape(-1)
-    scales, steps = np.empty(sc.size, np.float32), np.empty(d.size, np.float32)
-    search_codebook(flat, errors, _GROUP, scales)
-    groups, low, high = _BLOCK // _GROUP, np.float32(-_SCALE_ZERO), np.float32(_SCALE_ZERO - 1)
-    for block in range(d.size):
+def _join(scales: Floats, steps: Floats, sc: Codes) -> None:
+    """Round each block's scales to 6 bits, the furthest one to −32, and put the rounded ones in their place."""
+    groups, low, high = sc.size // steps.size, np.float32(-_SCALE_ZERO), np.float32(_SCALE_ZERO - 1)
+    for block in range(steps.size):
         steps[block] = -furthest(scales[block * groups : (block + 1) * groups]) / np.float32(_SCALE_ZERO)
         inverse = ONE / steps[block] if steps[block] != ZERO else ZERO
         for group in range(block * groups, (block + 1) * groups):
-            here = slice(group * _GROUP, (group + 1) * _GROUP)
             fine = nearest_between(inverse * scales[group], low, high)
-            small[group] = np.uint8(fine - low)
-            _spell(flat[here], steps[block] * fine, spelled[here])
-    store_halves(steps, d)
+            sc[group] = np.uint8(fine - low)
+            scales[group] = steps[block] * fine
 
 
 @kernel
-def _spell(values: Floats, scale: np.float32, codes: Codes) -> None:
+def _spell(flat: Floats, scales: Floats, codes: Codes) -> None:
     """Fill `codes` with the levels nearest to x / scale, and with the level nearest to 0 where the scale is 0."""
-    inverse = ONE / scale if scale != ZERO else ZERO
-    for i in range(values.size):
-        codes[i] = closest_code(inverse * values[i])
+    for group in range(scales.size):
+        inverse = ONE / scales[group] if scales[group] != ZERO else ZERO
+        for i in range(group * _GROUP, (group + 1) * _GROUP):
+            codes[i] = closest_code(inverse * flat[i])

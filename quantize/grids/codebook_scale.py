@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from r1q.core.blocks import IQ4_LEVELS
-from r1q.quantize.grids.arithmetic import ONE, TINY_GROUP, ZERO, Floats, kernel
+from r1q.quantize.grids.arithmetic import ONE, TINY_GROUP, ZERO, Floats, inlined, kernel
 from r1q.quantize.grids.lanes import LANES, fresh, furthest_of_lanes, gather
 from r1q.quantize.grids.symmetric_scale import Fit, fresh_fit, keep_better, start
 
@@ -19,7 +19,7 @@ _REACH = 7
 _MIDDLES = (IQ4_LEVELS[1:] + IQ4_LEVELS[:-1]) / np.float32(2)
 
 
-@kernel
+@inlined
 def closest_code(value: np.float32) -> int:
     """Return the code of the level nearest to `value`, the upper one of a tie."""
     code = 0
@@ -28,7 +28,7 @@ def closest_code(value: np.float32) -> int:
     return code
 
 
-@kernel
+@inlined
 def closest_level(value: np.float32) -> np.float32:
     """Return the level nearest to `value`, the upper one of a tie: fifteen selections, which lanes can do side by side."""
     level = np.float32(IQ4_LEVELS[0])
@@ -59,7 +59,7 @@ def search_codebook(values: Floats, errors: Floats, size: int, scales: Floats) -
             scales[group + lane] = ZERO if fit.magnitude[lane] < TINY_GROUP else fit.scale[lane]
 
 
-@kernel
+@inlined
 def _sum(x: Floats, w: Floats, fit: Fit) -> None:
     """Set Σwxq and Σwq² of the levels q nearest to inverse · x."""
     fit.cross[:] = ZERO

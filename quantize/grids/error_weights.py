@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from r1q.quantize.grids.arithmetic import ZERO, Floats, kernel
+from r1q.quantize.grids.arithmetic import ZERO, Floats, inlined, kernel
 
 
-@kernel
-def sum_of_squares(values: Floats) -> np.float32:
+@inlined
+def _sum_of_squares(values: Floats) -> np.float32:
     """Return the sum of squares, added in order."""
     total = ZERO
     for value in values:
@@ -22,54 +22,36 @@ def sum_of_squares(values: Floats) -> np.float32:
 
 
 @kernel
-def squares(weights: Floats) -> Floats:
-    """Return x² of all weights, flat."""
-    flat = weights.reshape(-1)
+def squares(flat: Floats) -> Floats:
+    """Return x² of all weights."""
+    return flat * flat
+
+
+@kernel
+def magnitudes_and_spread(flat: Floats, size: int) -> Floats:
+    """Return |x| plus the root mean square of its group of `size`."""
     errors = np.empty(flat.size, np.float32)
-    for i in range(flat.size):
-        errors[i] = flat[i] * flat[i]
-    return errors
-
-
-@kernel
-def magnitudes(weights: Floats) -> Floats:
-    """Return |x| of all weights, flat."""
-    return np.abs(weights.reshape(-1))
-
-
-@kernel
-def magnitudes_and_spread(weights: Floats, size: int) -> Floats:
-    """Return |x| plus the root mean square of its group of `size`, flat."""
-    errors = magnitudes(weights)
-    flat = weights.reshape(-1)
     for start in range(0, flat.size, size):
-        spread = np.sqrt(sum_of_squares(flat[start : start + size]) / np.float32(size))
+        spread = np.sqrt(_sum_of_squares(flat[start : start + size]) / np.float32(size))
         for i in range(start, start + size):
-            errors[i] = spread + errors[i]
+            errors[i] = spread + abs(flat[i])
     return errors
 
 
 @kernel
-def by_importance(weights: Floats, importance: Floats, span: int, times: np.float32, over: np.float32) -> Floats:
-    """Return q · sqrt(σ² + x²), flat, with σ² = times · Σx² / over, summed over each `span` weights."""
-    flat = weights.reshape(-1)
+def by_importance(flat: Floats, importance: Floats, span: int, times: np.float32, over: np.float32) -> Floats:
+    """Return q · sqrt(σ² + x²) with σ² = times · Σx² / over, summed over each `span` weights.
+
+    `flat` holds whole rows, so that the columns of `importance` come round again.
+    """
     errors = np.empty(flat.size, np.float32)
     for start in range(0, flat.size, span):
         column = start % importance.size
-        variance = times * sum_of_squares(flat[start : start + span]) / over
+        variance = times * _sum_of_squares(flat[start : start + span]) / over
         for i in range(span):
             value = flat[start + i]
             errors[start + i] = importance[column + i] * np.sqrt(variance + value * value)
     return errors
-
-
-@kernel
-def alone(weights: Floats, importance: Floats) -> Floats:
-    """Return the importance of every weight's column, flat."""
-    errors = np.empty(weights.shape, np.float32)
-    for row in range(weights.shape[0]):
-        errors[row] = importance
-    return errors.reshape(-1)
 
 
 @kernel

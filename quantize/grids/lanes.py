@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from r1q.quantize.grids.arithmetic import ZERO, Floats, kernel
+from r1q.quantize.grids.arithmetic import ZERO, Floats, inlined
 
 LANES = 32  # LLVM unrolls shorter loops before it looks for vectors in them, and then finds none (measured at 8 and 16)
 
 
-@kernel
+@inlined
 def gather(source: Floats, size: int, first: int, lanes: Floats) -> None:
     """Fill `lanes` [size, LANES] with the groups of `size` weights from number `first` on; the last is repeated to the end."""
     groups = source.size // size
@@ -23,7 +23,7 @@ def gather(source: Floats, size: int, first: int, lanes: Floats) -> None:
             lanes[i, lane] = source[start + i]
 
 
-@kernel
+@inlined
 def furthest_of_lanes(values: Floats, peak: Floats, magnitude: Floats) -> None:
     """Fill `peak` with each lane's value of largest magnitude, the first of several, and `magnitude` with that magnitude."""
     peak[:] = ZERO
@@ -35,7 +35,7 @@ def furthest_of_lanes(values: Floats, peak: Floats, magnitude: Floats) -> None:
             magnitude[lane] = abs(values[i, lane]) if further else magnitude[lane]
 
 
-@kernel
+@inlined
 def fresh(size: int) -> Floats:
     """Return room for `size` numbers a lane."""
     return np.empty((size, LANES), np.float32)

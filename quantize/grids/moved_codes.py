@@ -8,13 +8,31 @@ from __future__ import annotations
 
 import numpy as np
 
-from r1q.quantize.grids.arithmetic import ONE, TINY_GROUP, ZERO, Codes, Floats, furthest, kernel, nearest_between
+from r1q.quantize.grids.arithmetic import (
+    ONE,
+    TINY_GROUP,
+    ZERO,
+    Codes,
+    Floats,
+    furthest,
+    inlined,
+    kernel,
+    nearest_between,
+)
 
 _PASSES = 5
 
 
 @kernel
-def refine_symmetric(values: Floats, zero: int, codes: Codes) -> np.float32:
+def refine_groups(flat: Floats, size: int, zero: int, codes: Codes, scales: Floats) -> None:
+    """Fill `scales` of all groups of `size` weights, and their `codes` (0 … 2 · zero − 1)."""
+    for group in range(scales.size):
+        here = slice(group * size, (group + 1) * size)
+        scales[group] = _refine(flat[here], zero, codes[here])
+
+
+@inlined
+def _refine(values: Floats, zero: int, codes: Codes) -> np.float32:
     """Return the scale of one group and fill `codes` (0 … 2 · zero − 1); (almost) zeros have the scale 0 and the codes 0."""
     peak, middle = furthest(values), np.float32(zero)
     if abs(peak) < TINY_GROUP:
@@ -41,7 +59,7 @@ def refine_symmetric(values: Floats, zero: int, codes: Codes) -> np.float32:
     return cross / square if square > ZERO else ZERO
 
 
-@kernel
+@inlined
 def _move(
     value: np.float32, old: np.float32, middle: np.float32, cross: np.float32, square: np.float32
 ) -> tuple[np.float32, np.float32, np.float32]:

@@ -16,11 +16,12 @@ from r1q.quantize.grids.arithmetic import (
     Halves,
     half_bits,
     half_value,
+    inlined,
     kernel,
     nearest,
     nearest_between,
 )
-from r1q.quantize.grids.error_weights import by_importance, magnitudes, magnitudes_and_spread, sums_of_groups
+from r1q.quantize.grids.error_weights import by_importance, magnitudes_and_spread, sums_of_groups
 from r1q.quantize.grids.positive_scales import search_positive
 from r1q.quantize.grids.scale_and_minimum import FIRST, STEP, STEPS, search_offset
 
@@ -29,7 +30,6 @@ _PLAIN_STEP = np.float32(0.1)
 _Q5_TOP = 31
 
 
-@kernel
 def plain(
     weights: Floats,
     codes: Codes,
@@ -42,49 +42,59 @@ def plain(
     steps: int,
 ) -> None:
     """Fill all fields without importance; `top` is the largest code, `first` and `steps` the search's first try and length."""
-    nibbles = sc.shape[1] == 16 * d.shape[1]
-    size, limit = (16, 15) if nibbles else (32, 63)
-    errors = magnitudes(weights) if nibbles else magnitudes_and_spread(weights, size)
+    flat, spelled, size = weights.reshape(-1), codes.reshape(-1), weights.size // sc.size
+    nibbles = size == 16
+    errors = np.abs(flat) if nibbles else magnitudes_and_spread(flat, size)
     scales, floors = np.empty(sc.size, np.float32), np.empty(sc.size, np.float32)
-    flat, spelled = weights.reshape(-1), codes.reshape(-1)
     search_offset(flat, errors, size, top, first, _PLAIN_STEP, steps, nibbles, spelled, scales, floors)
-    groups = _BLOCK // size
-    fine, coarse = np.empty(groups, np.uint8), np.empty(groups, np.uint8)
-    d_flat, dmin_flat = d.reshape(-1), dmin.reshape(-1)
-    for block in range(d.size):
-        here = slice(block * groups, (block + 1) * groups)
-        d_flat[block] = half_bits(_round_to_steps(scales[here], limit, fine))
-        dmin_flat[block] = half_bits(_round_to_steps(floors[here], limit, coarse))
-        _settle(fine, coarse, True, sc.reshape(-1)[here], m.reshape(-1)[here])
-    _spell(flat, d_flat, dmin_flat, sc.reshape(-1), m.reshape(-1), top, spelled)
+    _store_rounded(scales, floors, d.reshape(-1), dmin.reshape(-1), sc.reshape(-1), m.reshape(-1))
+    _spell(flat, d.reshape(-1), dmin.reshape(-1), sc.reshape(-1), m.reshape(-1), top, spelled)
 
 
-@kernel
 def weighted(
     weights: Floats, importance: Floats, codes: Codes, d: Halves, dmin: Halves, sc: Codes, m: Codes, top: int
 ) -> None:
     """Fill all fields with importance; `top` is the largest code."""
-    nibbles = sc.shape[1] == 16 * d.shape[1]
-    size, limit = (16, 15) if nibbles else (32, 63)
-    times = np.float32(1.0 if nibbles else 2.0)
-    errors = by_importance(weights, importance, _BLOCK, times, np.float32(_BLOCK))
-    sums = sums_of_groups(errors, size)
+    flat, spelled, size = weights.reshape(-1), codes.reshape(-1), weights.size // sc.size
+    times = np.float32(1.0 if size == 16 else 2.0)
+    errors = by_importance(flat, importance, _BLOCK, times, np.float32(_BLOCK))
     scales, floors = np.empty(sc.size, np.float32), np.empty(sc.size, np.float32)
-    flat, spelled = weights.reshape(-1), codes.reshape(-1)
     search_offset(flat, errors, size, top, FIRST, STEP, STEPS, False, spelled, scales, floors)
-    groups = _BLOCK // size
-    fine, coarse = np.empty(groups, np.uint8), np.empty(groups, np.uint8)
-    d_flat, dmin_flat = d.reshape(-1), dmin.reshape(-1)
-    for block in range(d.size):
-        here = slice(block * groups, (block + 1) * groups)
-        d_flat[block] = half_bits(search_positive(scales[here], sums[here], limit, fine))
-        dmin_flat[block] = half_bits(search_positive(floors[here], sums[here], limit, coarse))
-        # q5_k caps a scale that has wrapped in its byte, q4_k does not
-        _settle(fine, coarse, top == _Q5_TOP, sc.reshape(-1)[here], m.reshape(-1)[here])
-    _spell(flat, d_flat, dmin_flat, sc.reshape(-1), m.reshape(-1), top, spelled)
+    # q5_k caps a scale that has wrapped in its byte, q4_k does not
+    sums, capped = sums_of_groups(errors, size), top == _Q5_TOP
+    _store_searched(scales, floors, sums, capped, d.reshape(-1), dmin.reshape(-1), sc.reshape(-1), m.reshape(-1))
+    _spell(flat, d.reshape(-1), dmin.reshape(-1), sc.reshape(-1), m.reshape(-1), top, spelled)
 
 
 @kernel
+def _store_rounded(scales: Floats, floors: Floats, d: Halves, dmin: Halves, sc: Codes, m: Codes) -> None:
+    """Round each block's scales and floors to steps of its largest ones."""
+    groups = sc.size // d.size
+    fine, coarse = np.empty(groups, np.uint8), np.empty(groups, np.uint8)
+    limit = 15 if groups == 16 else 63
+    for block in range(d.size):
+        here = slice(block * groups, (block + 1) * groups)
+        d[block] = half_bits(_round_to_steps(scales[here], limit, fine))
+        dmin[block] = half_bits(_round_to_steps(floors[here], limit, coarse))
+        _settle(fine, coarse, True, sc[here], m[here])
+
+
+@kernel
+def _store_searched(
+    scales: Floats, floors: Floats, sums: Floats, capped: bool, d: Halves, dmin: Halves, sc: Codes, m: Codes
+) -> None:
+    """Round each block's scales and floors to the steps that a search weighing them by `sums` finds."""
+    groups = sc.size // d.size
+    fine, coarse = np.empty(groups, np.uint8), np.empty(groups, np.uint8)
+    limit = 15 if groups == 16 else 63
+    for block in range(d.size):
+        here = slice(block * groups, (block + 1) * groups)
+        d[block] = half_bits(search_positive(scales[here], sums[here], limit, fine))
+        dmin[block] = half_bits(search_positive(floors[here], sums[here], limit, coarse))
+        _settle(fine, coarse, capped, sc[here], m[here])
+
+
+@inlined
 def _round_to_steps(values: Floats, limit: int, codes: Codes) -> np.float32:
     """Return the step size that maps the largest of `values` ≥ 0 to `limit`, and fill `codes` with the nearest steps."""
     peak = ZERO
@@ -96,7 +106,7 @@ def _round_to_steps(values: Floats, limit: int, codes: Codes) -> np.float32:
     return peak / np.float32(limit)
 
 
-@kernel
+@inlined
 def _settle(fine: Codes, coarse: Codes, capped: bool, sc: Codes, m: Codes) -> None:
     """Fill `sc` and `m` with the numbers that the file's bytes will hold."""
     if sc.size == 16:
@@ -106,7 +116,7 @@ def _settle(fine: Codes, coarse: Codes, capped: bool, sc: Codes, m: Codes) -> No
         _settle_six_bits(coarse, capped, m)
 
 
-@kernel
+@inlined
 def _settle_nibbles(fine: Codes, coarse: Codes, sc: Codes, m: Codes) -> None:
     """Fill `sc` and `m` of q2_k with what a reader finds in the byte fine | coarse << 4, a number below zero having wrapped."""
     for j in range(sc.size):
@@ -115,7 +125,7 @@ def _settle_nibbles(fine: Codes, coarse: Codes, sc: Codes, m: Codes) -> None:
         m[j] = stored >> 4
 
 
-@kernel
+@inlined
 def _settle_six_bits(numbers: Codes, capped: bool, out: Codes) -> None:
     """Fill `out` with what a reader finds of eight 6-bit numbers, of which one below zero has wrapped in its byte.
 

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from r1q.quantize.grids.arithmetic import ONE, TINY_GROUP, ZERO, Codes, Floats, kernel, nearest
+from r1q.quantize.grids.arithmetic import ONE, TINY_GROUP, ZERO, Codes, Floats, inlined, nearest
 
 _STEP = np.float32(0.1)
 _REACH = 4
 _PASSES = 5
 
 
-@kernel
+@inlined
 def _capped(value: np.float32, top: int) -> int:
     """Return the nearest integer, at most `top`. A scale below zero stays below; its byte wraps when it is stored, as in C."""
     return min(top, int(nearest(value)))
 
 
-@kernel
+@inlined
 def _error(values: Floats, weights: Floats, inverse: np.float32, top: int) -> np.float32:
     """Return Σ w · (x − scale · q)² of the codes that `inverse` gives."""
     scale, total = ONE / inverse, ZERO
@@ -30,7 +30,7 @@ def _error(values: Floats, weights: Floats, inverse: np.float32, top: int) -> np
     return total
 
 
-@kernel
+@inlined
 def _best_inverse(values: Floats, weights: Floats, peak: np.float32, top: int) -> np.float32:
     """Return the inverse step with the least error among nine around top / peak."""
     best_inverse = np.float32(top) / peak
@@ -51,7 +51,7 @@ def _best_inverse(values: Floats, weights: Floats, peak: np.float32, top: int) -
     return best_inverse
 
 
-@kernel
+@inlined
 def search_positive(values: Floats, weights: Floats, top: int, codes: Codes) -> np.float32:
     """Return the step size for `values` ≥ 0 and fill `codes` (0 … top)."""
     peak = ZERO
@@ -79,7 +79,7 @@ def search_positive(values: Floats, weights: Floats, top: int, codes: Codes) -> 
     return cross / square if square > ZERO else ZERO
 
 
-@kernel
+@inlined
 def _move(
     value: np.float32, weight: np.float32, code: int, top: int, cross: np.float32, square: np.float32
 ) -> tuple[int, np.float32, np.float32]:

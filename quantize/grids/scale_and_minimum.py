@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from r1q.quantize.grids.arithmetic import ONE, ZERO, Codes, Floats, kernel, nearest_between
+from r1q.quantize.grids.arithmetic import ONE, ZERO, Codes, Floats, inlined, kernel, nearest_between
 from r1q.quantize.grids.lanes import LANES, fresh, gather
 
 FIRST, STEP, STEPS = np.float32(-0.9), np.float32(0.05), 36
@@ -79,7 +79,7 @@ def search_offset(
         _finish(values, size, group, fit, np.float32(top), codes, scales, floors)
 
 
-@kernel
+@inlined
 def _start(x: Floats, w: Floats, fit: _Fit, top: np.float32, trial: Floats, absolute: bool) -> None:
     """Set extent and moments, and the first fit: the extent in `top` steps."""
     for lane in range(LANES):
@@ -108,7 +108,7 @@ def _start(x: Floats, w: Floats, fit: _Fit, top: np.float32, trial: Floats, abso
         fit.origin[lane] = fit.low[lane]
 
 
-@kernel
+@inlined
 def _spell(x: Floats, w: Floats, fit: _Fit, origin: Floats, top: np.float32, trial: Floats) -> None:
     """Fill `trial` with the codes q = nearest(inverse · (x − origin)) and set Σwq, Σwq² and Σwqx."""
     fit.plain[:] = ZERO
@@ -124,7 +124,7 @@ def _spell(x: Floats, w: Floats, fit: _Fit, origin: Floats, top: np.float32, tri
             fit.cross[lane] += weighted * x[i, lane]
 
 
-@kernel
+@inlined
 def _solve(fit: _Fit) -> None:
     """Solve the normal equations of every lane; a lane without a solution keeps an error that nothing is better than."""
     for lane in range(LANES):
@@ -141,7 +141,7 @@ def _solve(fit: _Fit) -> None:
         fit.trial_minimum[lane] = minimum
 
 
-@kernel
+@inlined
 def _measure(x: Floats, w: Floats, fit: _Fit, trial: Floats, absolute: bool) -> None:
     """Set the weighted sum of squared (or absolute) errors of the codes `trial`."""
     fit.trial_error[:] = ZERO
@@ -157,7 +157,7 @@ def _measure(x: Floats, w: Floats, fit: _Fit, trial: Floats, absolute: bool) -> 
                 fit.trial_error[lane] += w[i, lane] * (error * error)
 
 
-@kernel
+@inlined
 def _keep_better(fit: _Fit) -> None:
     """Take the trial over where its error is less; its codes came from the minimum that it replaces."""
     for lane in range(LANES):
@@ -169,7 +169,7 @@ def _keep_better(fit: _Fit) -> None:
         fit.minimum[lane] = fit.trial_minimum[lane] if better else fit.minimum[lane]
 
 
-@kernel
+@inlined
 def _finish(
     values: Floats, size: int, group: int, fit: _Fit, top: np.float32, codes: Codes, scales: Floats, floors: Floats
 ) -> None:

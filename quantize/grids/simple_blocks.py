@@ -18,6 +18,7 @@ from r1q.quantize.grids.arithmetic import (
     Halves,
     furthest,
     half_bits,
+    inlined,
     kernel,
     rounded_away,
     store_halves,
@@ -30,7 +31,7 @@ from r1q.quantize.grids.symmetric_scale import search_symmetric
 _BLOCK = 32
 
 
-@kernel
+@inlined
 def _low_byte(number: int) -> int:
     """Return what C's cast to int8 leaves of an integer."""
     return ((number + 128) & 255) - 128
@@ -50,14 +51,13 @@ def signed_plain(weights: Floats, codes: Codes, d: Halves, zero: int) -> None:
                 codes[row, i] = min(2 * zero - 1, _low_byte(code))
 
 
-@kernel
 def signed_weighted(weights: Floats, importance: Floats, codes: Codes, d: Halves, zero: int) -> None:
     """Fill `codes` and `d` of q4_0 (zero 8) or q5_0 (zero 16) by the search for a symmetric scale."""
-    columns = weights.shape[1]
-    errors = by_importance(weights, importance, columns, ONE, np.float32(columns))
+    flat, columns = weights.reshape(-1), weights.shape[1]
+    errors = by_importance(flat, importance, columns, ONE, np.float32(columns))
     scales = np.empty(d.size, np.float32)
-    search_symmetric(weights.reshape(-1), errors, _BLOCK, zero, codes.reshape(-1), scales)
-    store_halves(scales, d)
+    search_symmetric(flat, errors, _BLOCK, zero, codes.reshape(-1), scales)
+    store_halves(scales, d.reshape(-1))
 
 
 @kernel
@@ -79,16 +79,14 @@ def offset_plain(weights: Floats, codes: Codes, d: Halves, m: Halves, top: int) 
                 codes[row, i] = min(top, _low_byte(code))
 
 
-@kernel
 def offset_weighted(weights: Floats, importance: Floats, codes: Codes, d: Halves, m: Halves, top: int) -> None:
     """Fill `codes`, `d` and `m` of q4_1 (top 15) or q5_1 (top 31) by the search for a scale and a minimum."""
-    columns = weights.shape[1]
-    errors = by_importance(weights, importance, columns, ONE, np.float32(columns))
+    flat, columns = weights.reshape(-1), weights.shape[1]
+    errors = by_importance(flat, importance, columns, ONE, np.float32(columns))
     scales, floors = np.empty(d.size, np.float32), np.empty(d.size, np.float32)
-    flat, spelled = weights.reshape(-1), codes.reshape(-1)
-    search_offset(flat, errors, _BLOCK, top, FIRST, STEP, STEPS, False, spelled, scales, floors)
-    store_halves(scales, d)
-    store_halves(-floors, m)
+    search_offset(flat, errors, _BLOCK, top, FIRST, STEP, STEPS, False, codes.reshape(-1), scales, floors)
+    store_halves(scales, d.reshape(-1))
+    store_halves(-floors, m.reshape(-1))
 
 
 @kernel

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from r1q.quantize.grids.arithmetic import ONE, TINY_GROUP, ZERO, Codes, Floats, kernel, nearest_between
+from r1q.quantize.grids.arithmetic import ONE, TINY_GROUP, ZERO, Codes, Floats, inlined, kernel, nearest_between
 from r1q.quantize.grids.lanes import LANES, fresh, furthest_of_lanes, gather
 
 _STEP = np.float32(0.1)
@@ -31,7 +31,7 @@ class Fit(NamedTuple):
     square: Floats
 
 
-@kernel
+@inlined
 def fresh_fit() -> Fit:
     """Return room for a fit."""
     rows = fresh(8)
@@ -63,7 +63,7 @@ def search_symmetric(values: Floats, errors: Floats, size: int, zero: int, codes
         _finish(values, size, group, fit, middle, codes, scales)
 
 
-@kernel
+@inlined
 def _sum(x: Floats, w: Floats, fit: Fit, middle: np.float32) -> None:
     """Set Σwxq and Σwq² of the codes q = nearest(inverse · x)."""
     fit.cross[:] = ZERO
@@ -75,7 +75,7 @@ def _sum(x: Floats, w: Floats, fit: Fit, middle: np.float32) -> None:
             fit.square[lane] += w[i, lane] * code * code
 
 
-@kernel
+@inlined
 def start(fit: Fit, positive: bool) -> None:
     """Take the first trial as the best so far. Σwq² must be above 0 if `positive`, else it need only differ from 0, as NaN does."""
     for lane in range(LANES):
@@ -86,7 +86,7 @@ def start(fit: Fit, positive: bool) -> None:
         fit.inverse[lane] = fit.trial_inverse[lane]
 
 
-@kernel
+@inlined
 def keep_better(fit: Fit) -> None:
     """Take the trial over where it fits better."""
     for lane in range(LANES):
@@ -98,7 +98,7 @@ def keep_better(fit: Fit) -> None:
         fit.inverse[lane] = fit.trial_inverse[lane] if better else fit.inverse[lane]
 
 
-@kernel
+@inlined
 def _finish(values: Floats, size: int, group: int, fit: Fit, middle: np.float32, codes: Codes, scales: Floats) -> None:
     """Write the fits of the groups from number `group` on, and spell their codes."""
     for lane in range(min(LANES, scales.size - group)):

@@ -302,10 +302,20 @@ def test_wrong_arrays_are_refused() -> None:
         quantize_rows("q4_0", weights, np.zeros(64, np.float64))
 
 
-def test_no_rows_are_fine() -> None:
+def test_no_rows_and_no_columns_are_fine() -> None:
     codes, params = quantize_rows("q4_k", np.zeros((0, 256), np.float32), None)
     assert codes.shape == (0, 256)
     assert params["sc"].shape == (0, 8)
+    assert quantize_rows("q4_k", np.zeros((3, 0), np.float32), None)[0].shape == (3, 0)
+
+
+def test_frozen_and_strided_arrays_are_read_alike() -> None:
+    """Weights mapped from a file are read-only; importance may be a column of a table."""
+    weights = rows_of_many_kinds(64, 1)["normal"]
+    table = np.random.default_rng(2).random((64, 3)).astype(np.float32)
+    expected = our_bytes("q4_0", weights, np.ascontiguousarray(table[:, 1]))
+    weights.setflags(write=False)
+    np.testing.assert_array_equal(our_bytes("q4_0", weights, table[:, 1]), expected)
 
 
 def test_halves_are_numpys() -> None:
