@@ -8,6 +8,7 @@ missing bias, epsilon or frequency moves logits by more than 1e-3, as the last t
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,30 @@ def test_blocks_are_read_once_in_order_and_the_embedding_only_where_used(make_mo
     ]
     layers = [name.split(".")[2] for name, _, _ in reader.reads if ".layers." in name]
     assert layers == ["0"] * 9 + ["1"] * 9 + ["2"] * 9
+
+
+class LiveReader(CountingReader):
+    """A source that knows how many bytes of what it read are still alive."""
+
+    live = peak = 0
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        rows = super().read_rows(name, start, stop)
+        self.live += rows.nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(rows, self._gone, rows.nbytes)
+        return rows
+
+    def _gone(self, size: int) -> None:
+        self.live -= size
+
+
+def test_never_more_than_one_block_of_weights_is_alive(make_model: MakeModel) -> None:
+    reader = LiveReader(ModelSource.open(make_model("qwen2", num_layers=6, vocab_size=320)))
+    list(logits(reader, some_tokens()))
+    block = sum(4 * spec.size for spec in reader.tensors if spec.layer == 0)
+    assert max(block, 4 * 320 * 64) <= reader.peak <= max(block, 4 * 320 * 64 + 4 * 64)
+    assert reader.live == 0
 
 
 def test_weights_without_a_config_run_with_one(make_model: MakeModel) -> None:
