@@ -87,16 +87,14 @@ def _check_vocabulary(path: Path, metadata: Mapping[str, Value], tensors: Mappin
 
 def _check_tokens(path: Path, tokens: Value) -> None:
     """Refuse a token spelled twice: llama.cpp aborts the process on one. (It renames empty ones itself.)"""
-    stored = getattr(tokens, "raw", None)
+    stored = getattr(tokens, "stored", None)
     if stored is None:
         return
     seen: set[bytes] = set()
-    for index in range(_length(tokens)):
-        token = stored(index)
-        if token in seen:
+    for index, token in enumerate(stored()):
+        if token and token in seen:
             _refuse(path, f"tokenizer.ggml.tokens[{index}] repeats an earlier token")
-        if token:
-            seen.add(token)
+        seen.add(token)
 
 
 def _check_split(path: Path, metadata: Mapping[str, Value]) -> bool:

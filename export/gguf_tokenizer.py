@@ -242,18 +242,15 @@ def _is_llama2(normalizer: list[Mapping[str, Any]], steps: list[Mapping[str, Any
         known.get(str(step.get("type"))) == {k: v for k, v in step.items() if k != "type"} for step in normalizer
     )
     if steps:
-        return (
-            not normalizer
-            and len(steps) == 1
-            and steps[0].get("type") == "Metaspace"
-            and steps[0].get("split") is False
-        )
+        # With any other scheme Metaspace adds no space before a text that begins with one; llama.cpp always adds it.
+        whole = {"type": "Metaspace", "split": False, "prepend_scheme": "never"}
+        return not normalizer and len(steps) == 1 and whole.items() <= steps[0].items()
     return simple and any(step.get("type") == "Replace" for step in normalizer)
 
 
 def _adds_space(data: Mapping[str, Any]) -> bool:
-    steps = flat_steps(data.get("normalizer"), "normalizers") + flat_steps(data.get("pre_tokenizer"), "pretokenizers")
-    return any(step.get("type") == "Prepend" or step.get("prepend_scheme") in ("first", "always") for step in steps)
+    steps = flat_steps(data.get("normalizer"), "normalizers")
+    return any(step.get("type") == "Prepend" for step in steps)
 
 
 def flat_steps(value: object, inner: str) -> list[Mapping[str, Any]]:

@@ -207,6 +207,18 @@ HUGE = (1 << 63) - 1
         (build([], [F32_4], bytes(15)), "inside the data"),
         (build([u32("general.architecture", 1)], []), "not str"),
         (build([array("tokenizer.ggml.tokens", 4, 1, bytes(4))], []), "not arr[str]"),
+        (build([array("tokenizer.ggml.tokens", 8, 3, text("a") + text("b") + text("a"))], []), "tokens[2] repeats"),
+        (
+            build(
+                [
+                    array("tokenizer.ggml.tokens", 8, 2, text("a") + text("b")),
+                    u32("tokenizer.ggml.bos_token_id", 2),
+                    entry("tokenizer.ggml.add_bos_token", 7, b"\1"),
+                ],
+                [],
+            ),
+            "bos_token_id is 2 for 2 tokens",
+        ),
         (build([array("tokenizer.ggml.scores", 8, 1, text("a"))], []), "not arr[f32]"),
         (build([array("tokenizer.ggml.token_type", 0, 4, bytes(4))], []), "not arr[i32]"),
         (build([array("tokenizer.ggml.merges", 5, 1, bytes(4))], []), "not arr[str]"),
@@ -270,6 +282,10 @@ def test_a_token_that_is_not_utf8_is_refused_when_read(tmp_path: Path) -> None:
     assert tokens.raw(1) == b"\xff"
     with pytest.raises(InputError, match=r"tokens\[1\] is not UTF-8"):
         tokens[1]
+    with pytest.raises(InputError, match=r"tokens\[1\] is not UTF-8"):
+        list(tokens)
+    assert tokens[:1] == ["a"]
+    assert list(tokens.stored()) == [b"a", b"\xff"]
 
 
 def test_a_split_or_foreign_file_may_hold_only_some_blocks(tmp_path: Path) -> None:
@@ -287,9 +303,9 @@ def test_a_large_vocabulary_opens_fast_and_small(tmp_path: Path) -> None:
     merges = b"".join(text(f"tok{i} en{i}") for i in range(280_000))
     keys = [array("tokenizer.ggml.tokens", 8, 150_000, tokens), array("tokenizer.ggml.merges", 8, 280_000, merges)]
     path = write(tmp_path / "big.gguf", build(keys, []))
-    began = time.perf_counter()
+    began = time.process_time()
     file = GgufFile.open(path)
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     tracemalloc.start()
     file = GgufFile.open(path)
     peak = tracemalloc.get_traced_memory()[1]
@@ -315,7 +331,7 @@ def mutations(draw: Callable[[st.SearchStrategy[int]], int], content: bytes) -> 
 
 
 @given(data=st.data())
-@settings(max_examples=400, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mutated_files_open_or_raise_input_error(valid: bytes, tmp_path: Path, data: st.DataObject) -> None:
     path = write(tmp_path / "fuzz.gguf", mutations(data.draw, valid))
     try:

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from r1q.core.errors import InputError, MissingError
 from r1q.export import gguf as export
 from r1q.export import pretokenizer
 from r1q.export.gguf import prove_source, write_gguf
+from r1q.export.gguf_tokenizer import tokenizer_entries, tokenizer_kind
 from r1q.export.pretokenizer import name_by_hash, name_pretokenizer, prove_tokenizer, steps_of
 from r1q.export.tokenizer_texts import proof_texts
 from r1q.models.tokenizer import Tokenizer
@@ -159,6 +160,51 @@ def test_a_native_crash_is_an_error_and_not_ours(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(MissingError, match=r"crashed on the vocabulary \(exit -6\): GGML_ASSERT failed"):
         prove_source(make_model("llama"))
+
+
+def llama2_tokenizer() -> dict[str, Any]:
+    """A BPE over characters with byte fallback, trained on the ASCII texts of the proof: the others fall back to bytes."""
+    backend = Backend(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=special, show_progress=False, max_token_length=12)
+    backend.train_from_iterator([text for text in proof_texts() if text.isascii() and len(text) < 30], trainer)
+    data: dict[str, Any] = json.loads(backend.to_str())
+    data["added_tokens"] = data["added_tokens"][:3]
+    return data
+
+
+@pytest.mark.runtime
+def test_llama2_tokenizers_become_llama_cpps_own_kind(make_model: MakeModel) -> None:
+    pytest.importorskip("llama_cpp")
+    data = llama2_tokenizer()
+    folder = make_model("llama", vocab_size=len(data["model"]["vocab"]) + 1, hidden_size=32)
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.open(folder)
+    found = {e.key: e.value for e in tokenizer_entries(folder, tokenizer.vocab_size + 1, "default", tokenizer)}
+    types: Any = found["tokenizer.ggml.token_type"]
+    assert found["tokenizer.ggml.model"] == "llama"
+    assert found["tokenizer.ggml.unknown_token_id"] == 0
+    assert types[:4] == [2, 3, 3, 6]
+    assert types[258:260] == [6, 1]
+    assert types[-1] == 5
+    assert prove_source(folder).startswith("proven: ")
+    del data["normalizer"]["normalizers"][
+        0
+    ]  # no space in front: llama.cpp must be told, or every text begins differently
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    assert prove_source(folder).startswith("proven: ")
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_metaspace_that_sometimes_adds_a_space_is_refused(scheme: str) -> None:
+    data = llama2_tokenizer()
+    data |= {"normalizer": None}
+    data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    with pytest.raises(InputError, match="neither byte-level BPE nor"):
+        tokenizer_kind(data, Path("tokenizer.json"))
 
 
 def test_unknown_structures_are_refused_with_their_steps(sensitive_model: Callable[..., Path]) -> None:
