@@ -131,20 +131,22 @@ def prove_tokenizer(gguf: Path, folder: Path) -> str:
     for text, found in zip(texts, theirs.ids, strict=True):
         expected = tokenizer.encode(text, add_special=False)
         if expected != found:
-            raise InputError(_difference(gguf, text, expected, found))
+            raise InputError(_difference(folder, text, expected, found))
     framed = tokenizer.encode(texts[0], add_special=True)
     if framed != theirs.framed:
-        raise InputError(f"{gguf}: llama.cpp adds other special tokens: {texts[0]!r} is {theirs.framed}, not {framed}")
+        raise InputError(
+            f"{folder}: llama.cpp adds other special tokens: {texts[0]!r} is {theirs.framed}, not {framed}"
+        )
     note = "; texts in Unicode NFC, which llama.cpp leaves to its caller" if composed else ""
     return f"proven: {len(texts)} texts, {sum(map(len, theirs.ids))} tokens, equal ids in {theirs.version}{note}"
 
 
-def _difference(gguf: Path, text: str, expected: Sequence[int], found: Sequence[int]) -> str:
+def _difference(folder: Path, text: str, expected: Sequence[int], found: Sequence[int]) -> str:
     at = next(
         (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
     )
     shown = text if len(text) <= 80 else text[:80] + "…"
     return (
-        f"{gguf}: llama.cpp cuts {shown!r} differently than the model's tokenizer (from token {at}: "
-        f"{list(found[at : at + 4])}, not {list(expected[at : at + 4])}); the file would degrade the model"
+        f"{folder / TOKENIZER_JSON}: llama.cpp cuts {shown!r} differently than this tokenizer (from token {at}: "
+        f"{list(found[at : at + 4])}, not {list(expected[at : at + 4])}); a GGUF file would degrade the model"
     )
