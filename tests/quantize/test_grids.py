@@ -101,10 +101,11 @@ def rows_of_many_kinds(columns: int, seed: int) -> dict[str, Floats]:
         "one outlier in noise": np.where(place == columns // 3, 50.0, normal[:1]),
         "alternating": np.where(place % 2, 0.7, -0.7)[None],
         "sparse": normal * (rng.random((4, columns)) < 0.1),
-        "all negative": -np.abs(normal),
+        "all negative": -np.abs(rng.standard_normal((48, columns))),
         "all positive": np.abs(normal) + 1,
         "large for a half": normal * 1e4,
         "too large for a half": normal * 1e30,
+        "squares near the end of float32": np.sqrt(2.5e38 / columns) * np.sign(normal),
         "near the end of float32": np.clip(normal, -1, 1) * 3e38,
         "small": normal * 1e-12,
         "around the smallest group": normal * 1e-15,
@@ -124,6 +125,8 @@ def importances(columns: int, seed: int) -> dict[str, Floats | None]:
         "zeros": np.zeros(columns),
         "half zeros": (rng.random(columns) < 0.5) * rng.random(columns),
         "huge spread": np.exp(12 * rng.standard_normal(columns)),
+        # of a group that lies below zero this leaves sums that cancel to a scale below zero, which wraps in its byte
+        "few, huge spread": (rng.random(columns) < 0.2) * 10 ** rng.uniform(-15, 15, columns),
         "the whole of float32": 10 ** rng.uniform(-38, 38, columns),
         "tiny": rng.random(columns) * 1e-30,
     }
