@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,11 +38,13 @@ KINDS: Mapping[str, type[R1qError]] = {
 }
 
 
-def run(target: str, job: Mapping[str, Any], *, what: str, memory_limit: int | None = None) -> Messages:
+def run(
+    target: str, job: Mapping[str, Any], *, what: str, memory_limit: int | None = None, files: Sequence[int] = ()
+) -> Messages:
     """Run `target` ("module:function") on `job` in a child process and yield its messages as they come.
 
     The function takes the job and yields JSON-able dicts. `what` names the measurement in an error. `memory_limit` is the
-    most address space in bytes that the child may use.
+    most address space in bytes that the child may use; `files` are open descriptors that it has under the same numbers.
 
     Raises the R1qError that the child raised, ResourceError when it ran out of memory or was killed, MissingError when it crashed.
     """
@@ -53,6 +55,7 @@ def run(target: str, job: Mapping[str, Any], *, what: str, memory_limit: int | N
             stdout=subprocess.PIPE,
             stderr=stderr,
             env=_environment(),
+            pass_fds=files,
         )
         try:
             yield from _listen(child, {"target": target, "job": dict(job), "memory_limit": memory_limit}, what)

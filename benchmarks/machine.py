@@ -69,6 +69,11 @@ def versions(runtime: Mapping[str, str]) -> dict[str, str]:
     return {**found, **runtime}
 
 
+def busy(seconds: float = 0.3) -> float:
+    """Return the fraction of all processors in use by anybody during the next `seconds`, in which the caller sleeps."""
+    return psutil.cpu_percent(interval=seconds) / 100
+
+
 def resident() -> tuple[int, int]:
     """Return the resident memory of this process in bytes: now, and the most it ever had.
 

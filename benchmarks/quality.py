@@ -7,13 +7,12 @@ computed once, in a process of their own, and lie on disk while every artifact i
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from r1q.core.errors import InputError, ResourceError
@@ -22,7 +21,6 @@ from r1q.runtimes.base import Options, Session
 from r1q.runtimes.table import load_runtime
 
 LENGTH = 512
-TOKENS, LOGITS = "tokens.npy", "logits.npy"
 SPARE = 256 << 20  # bytes of the disk that stay free beside the reference's logits
 
 
@@ -73,62 +71,50 @@ def affordable(windows: int, window_bytes: int, *, limit: int, free: int) -> tup
 
 
 def reference(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Run the float checkpoint over the windows; the job: checkpoint, text, windows, folder, limit (bytes of logits on disk).
+    """Run the float checkpoint over the windows; the job: checkpoint, text, windows, logits, limit (bytes of logits on disk).
 
-    Writes `tokens.npy` int64 [windows, length] and `logits.npy` float32 [windows, scored, vocab] into the folder. Yields `reference`
-    with the windows' facts, then each window's nll.
+    `logits` is the descriptor of an open file, into which go float32 [windows, scored, vocab]. Yields `reference`, the windows'
+    facts and tokens; then each window's nll.
     """
     from r1q.models.source import ModelSource
     from r1q.models.tokenizer import Tokenizer
 
-    checkpoint, folder = Path(job["checkpoint"]), Path(job["folder"])
-    source = ModelSource.open(checkpoint)
-    tokenizer = Tokenizer.open(checkpoint)
-    config = source.config
-    length = min(LENGTH, config.max_position_embeddings)
+    source = ModelSource.open(Path(job["checkpoint"]))
+    tokenizer = Tokenizer.open(source.path)
+    length, vocab = min(LENGTH, source.config.max_position_embeddings), source.config.vocab_size
     ids = tokenizer.encode(read_text(Path(job["text"])), add_special=False)
     tokens = cut(ids, length=length, windows=job["windows"], bos=tokenizer.bos_id if tokenizer.adds_bos else None)
     first, found = length // 2, len(tokens)
-    scored = length - 1 - first
-    free = shutil.disk_usage(folder).free
-    kept, bound = affordable(found, 4 * scored * config.vocab_size, limit=job["limit"], free=free)
+    disk = os.fstatvfs(job["logits"])
+    free = disk.f_bavail * disk.f_frsize
+    kept, bound = affordable(found, 4 * (length - 1 - first) * vocab, limit=job["limit"], free=free)
     tokens = tokens[:kept]
-    np.save(folder / TOKENS, tokens)
-    yield {
-        "reference": {
-            "length": length,
-            "first": first,
-            "windows": len(tokens),
-            "notes": _notes(job, found, kept, bound),
-        }
-    }
+    facts = {"length": length, "first": first, "windows": kept, "vocab": vocab, "tokens": tokens.tolist()}
+    yield {"reference": {**facts, "notes": _notes(job, found, kept, bound)}}
     from r1q.models.forward import logits  # loads torch: not before it is known that there is something to do
 
-    shape = (len(tokens), scored, config.vocab_size)
-    table = open_memmap(folder / LOGITS, mode="w+", dtype=np.float32, shape=shape)
-    # The last position predicts a token outside the window: it is left out.
-    for window, rows in enumerate(logits(source, tokens[:, :-1], first=first)):
-        table[window] = rows
-        yield {"window": window, **_scores(score(table[window], tokens[window, first + 1 :]))}
-    table.flush()
+    with _stream(job["logits"]) as file:
+        # The last position predicts a token outside the window: it is left out.
+        for window, rows in enumerate(logits(source, tokens[:, :-1], first=first)):
+            _write(file, rows)
+            yield {"window": window, **_scores(score(rows, tokens[window, first + 1 :]))}
 
 
 def scores(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Score one artifact; the job: path, runtime, options, text, windows, length, folder (of the reference's files) or None.
+    """Score one artifact; the job: path, runtime, options, text, windows, length, reference (its facts) or None, logits (its file).
 
     Without a reference the artifact's own tokenizer makes the windows. Yields `opened`, then each window's scores.
     """
-    runtime = load_runtime(job["runtime"])
+    runtime, facts = load_runtime(job["runtime"]), job["reference"]
     with runtime.open(Path(job["path"]), Options(**job["options"])) as session:
         ids = session.encode(read_text(Path(job["text"])))
-        if job["folder"] is None:
+        if facts is None:
             tokens = cut(ids, length=job["length"], windows=job["windows"], bos=session.bos)
             notes = _notes(job, len(tokens), len(tokens))
-            table = None
         else:
-            tokens = np.load(Path(job["folder"]) / TOKENS)
-            table = np.load(Path(job["folder"]) / LOGITS, mmap_mode="r")
-            notes = _compare(session, ids, tokens, table)
+            tokens = np.array(facts["tokens"], dtype=np.int64)
+            notes = _compare(session, ids, tokens, facts["vocab"])
+        table = None if facts is None else _read(job["logits"], facts)
         first = tokens.shape[1] // 2
         yield {"opened": {"windows": len(tokens), "length": tokens.shape[1], "first": first, "notes": notes}}
         for window, row in enumerate(tokens):
@@ -137,20 +123,42 @@ def scores(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"window": window, **_scores(found)}
 
 
-def _compare(session: Session, ids: Sequence[int], tokens: NDArray[np.int64], table: Logits) -> list[str]:
+def _stream(descriptor: int) -> BinaryIO:
+    """Return the file from its beginning; the descriptor itself stays open."""
+    file = os.fdopen(os.dup(descriptor), "r+b")
+    file.seek(0)
+    return file
+
+
+def _write(file: BinaryIO, rows: Logits) -> None:
+    # Written and not mapped: a disk that fills up is an error of write, but a signal that ends the process of a map.
+    try:
+        file.write(np.ascontiguousarray(rows).data)
+        file.flush()
+    except OSError as error:
+        raise ResourceError(f"the reference's logits do not fit the temporary folder: {error.strerror}") from error
+
+
+def _read(descriptor: int, facts: Mapping[str, Any]) -> Logits:
+    """Return the logits [windows, scored, vocab] that `reference` wrote, mapped."""
+    shape = (facts["windows"], facts["length"] - 1 - facts["first"], facts["vocab"])
+    with _stream(descriptor) as file:
+        return np.memmap(file, dtype=np.float32, mode="r", shape=shape)
+
+
+def _compare(session: Session, ids: Sequence[int], tokens: NDArray[np.int64], vocab: int) -> list[str]:
     """Return a note where the artifact's tokenizer and the reference's disagree. Raises InputError where their vocabularies do."""
-    if session.vocab != table.shape[2]:
+    if session.vocab != vocab:
         raise InputError(
-            f"the artifact has {session.vocab} tokens and the reference {table.shape[2]}: they are not the same model; "
+            f"the artifact has {session.vocab} tokens and the reference {vocab}: they are not the same model; "
             "give the checkpoint that it was made from with --reference"
         )
     own = cut([*ids, *[0] * tokens.size], length=tokens.shape[1], windows=len(tokens), bos=session.bos)
     different = int((own != tokens).any(axis=1).sum())
     if not different:
         return []
-    return [
-        f"the artifact's own tokenizer splits the text otherwise in {different} of {len(tokens)} windows; the reference's was used"
-    ]
+    where = f"{different} of {len(tokens)} windows"
+    return [f"the artifact's own tokenizer splits the text otherwise in {where}; the reference's was used"]
 
 
 def _notes(job: Mapping[str, Any], found: int, kept: int, bound: str = "") -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import shutil
+import os
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from r1q.benchmarks import isolate
-from r1q.benchmarks.machine import machine, versions
+from r1q.benchmarks.machine import busy, machine, versions
 from r1q.benchmarks.measure import TIMINGS
 from r1q.benchmarks.quality import LENGTH, read_text
 from r1q.benchmarks.result import BenchResult, Failure, Quality, Samples, Speed
@@ -31,6 +31,7 @@ TEXT = Path(__file__).resolve().parent / "texts" / "evaluation.txt"
 OWN_TEXT = "evaluation.txt"  # beside a checkpoint's config.json: the text that suits this model
 SEED = 20
 LOGITS_LIMIT = 4 << 30
+QUIET = 0.15  # of the processor: more than that in use by others is said
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,6 @@ class _Reference:
     """A float checkpoint's logits on disk, and its own scores."""
 
     path: Path
-    folder: Path
     facts: Mapping[str, Any]
     nll: tuple[float, ...]
 
@@ -149,8 +149,9 @@ def bench(
     courses = [_Course(plan, subject, runtime_name(subject.format, runtime)) for subject in find_subjects(artifacts)]
     if text is not None:
         read_text(text)
-    with tempfile.TemporaryDirectory(prefix="r1q-bench-") as scratch:
-        shelf = _Shelf(Path(scratch))
+    # A file without a name: however this process ends, gigabytes of logits do not outlive it.
+    with tempfile.TemporaryFile() as logits:
+        shelf = _Shelf(logits.fileno())
         for course in courses:
             yield from _speed(course)
             yield from _quality(course, shelf)
@@ -172,6 +173,8 @@ def _speed(course: _Course) -> Steps:
         **sizes,
     }
     rounds: list[isolate.Message] = []
+    if (others := busy()) > QUIET:
+        course.notes.append(f"other programs kept {others:.0%} of the processor busy: times are long and scatter")
     try:
         for message in isolate.run("r1q.benchmarks.measure:speed", job, what=f"measuring {name}"):
             course.opened |= message.get("opened", {})
@@ -206,8 +209,8 @@ def _assemble_speed(opened: Mapping[str, Any], rounds: list[isolate.Message], si
 class _Shelf:
     """The latest reference's logits: computed once, kept while artifacts of the same reference follow each other."""
 
-    def __init__(self, scratch: Path) -> None:
-        self._scratch = scratch
+    def __init__(self, logits: int) -> None:
+        self.logits = logits
         self._kept: tuple[tuple[Path, Path], _Reference | R1qError] | None = None
 
     def get(self, course: _Course, path: Path, text: Path) -> Generator[Event, None, _Reference | R1qError]:
@@ -215,36 +218,34 @@ class _Shelf:
         key = (path.resolve(), text.resolve())
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
-        folder = self._scratch / "reference"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
         try:
-            made: _Reference | R1qError = yield from _compute_reference(course, path, text, folder)
+            made: _Reference | R1qError = yield from _compute_reference(course, path, text, self.logits)
         except R1qError as error:
-            shutil.rmtree(folder, ignore_errors=True)
             made = error
         self._kept = (key, made)
         return made
 
 
-def _compute_reference(course: _Course, path: Path, text: Path, folder: Path) -> Generator[Event, None, _Reference]:
+def _compute_reference(course: _Course, path: Path, text: Path, logits: int) -> Generator[Event, None, _Reference]:
     plan = course.plan
     job = {
         "checkpoint": str(path),
         "text": str(text),
         "windows": plan.windows,
-        "folder": str(folder),
+        "logits": logits,
         "limit": plan.logits_limit,
     }
     facts: dict[str, Any] = {}
     nll: list[float] = []
     yield Event(stage="reference", artifact=path.name, done=0, total=plan.windows)
-    for message in isolate.run("r1q.benchmarks.quality:reference", job, what=f"the reference {path.name}"):
+    os.truncate(logits, 0)  # of the reference before
+    what = f"the reference {path.name}"
+    for message in isolate.run("r1q.benchmarks.quality:reference", job, what=what, files=(logits,)):
         facts |= message.get("reference", {})
         if "nll" in message:
             nll += message["nll"]
             yield Event(stage="reference", artifact=path.name, done=message["window"] + 1, total=facts["windows"])
-    return _Reference(path=path, folder=folder, facts=facts, nll=tuple(nll))
+    return _Reference(path=path, facts=facts, nll=tuple(nll))
 
 
 def _quality(course: _Course, shelf: _Shelf) -> Steps:
@@ -269,8 +270,8 @@ def _quality(course: _Course, shelf: _Shelf) -> Steps:
         "text": str(text),
         "windows": plan.windows,
         "length": length,
-        "folder": None if made is None else str(made.folder),
-        "limit": plan.logits_limit,
+        "reference": None if made is None else made.facts,
+        "logits": shelf.logits,
     }
     yield from _score(course, job, text, made)
 
@@ -281,7 +282,8 @@ def _score(course: _Course, job: Mapping[str, Any], text: Path, made: _Reference
     rounds: list[isolate.Message] = []
     yield Event(stage="quality", artifact=name, done=0, total=course.plan.windows)
     try:
-        for message in isolate.run("r1q.benchmarks.quality:scores", job, what=f"scoring {name}"):
+        run = isolate.run("r1q.benchmarks.quality:scores", job, what=f"scoring {name}", files=(job["logits"],))
+        for message in run:
             facts |= message.get("opened", {})
             if "nll" in message:
                 rounds.append(message)

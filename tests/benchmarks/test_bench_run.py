@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from r1q.benchmarks.result import BenchResult
 from r1q.benchmarks.run import TEXT, Event, bench
 from r1q.core.artifact import OutputFolder
 from r1q.core.errors import InputError, UsageError
+from r1q.models.embedded import OpenedModel
 from r1q.models.source import ModelSource
 from r1q.plan.choose import Wish, choose_recipe
 from r1q.plan.plan import make_plan
@@ -32,7 +35,7 @@ def quantized(checkpoint: Path, folder: Path, scheme: str) -> Path:
     """Quantize with the library and return the output folder, which remembers its source."""
     source = ModelSource.open(checkpoint)
     plan = make_plan(source, choose_recipe(Wish(scheme=scheme), source.tensors).recipe, ("gguf",))
-    for _ in quantize_model(source, plan, OutputFolder(folder), method="rtn"):
+    for _ in quantize_model(OpenedModel(source), plan, OutputFolder(folder), method="rtn"):
         pass
     return folder
 
@@ -71,6 +74,15 @@ def test_less_than_asked_for_is_noted(tiny_gguf: Path) -> None:
         "prefill is 128 tokens, the model's whole context",
         "generate is 128 tokens, the model's whole context",
     }
+
+
+@pytest.mark.parametrize(("others", "said"), [(0.1, []), (0.62, ["other programs kept 62% of the processor busy"])])
+def test_a_busy_machine_is_said(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, others: float, said: list[str]
+) -> None:
+    monkeypatch.setattr("r1q.benchmarks.run.busy", lambda: others)
+    (result,), _ = run([tiny_gguf])
+    assert [note.split(":")[0] for note in result.notes if "busy" in note] == said
 
 
 def test_three_schemes_and_a_stranger_against_one_reference(
@@ -112,31 +124,32 @@ def test_float32_file_diverges_from_our_own_forward_by_rounding(
 ) -> None:
     checkpoint = make_model("qwen2", tied=True)
     (path,) = quantized(checkpoint, tmp_path / "out", "f32").glob("*.gguf")
-    base = {"text": str(TEXT), "windows": 3, "folder": str(tmp_path), "limit": 1 << 30}
-    opened, *windows = quality.reference({**base, "checkpoint": str(checkpoint)})
-    assert opened["reference"]["notes"] == []
     options = {"cache": "f32", "flash_attention": False, "threads": 1, "context": 256}
-    job = {**base, "path": str(path), "runtime": "llama-cpp", "options": options, "length": 256}
-    facts, *scores = quality.scores(job)
+    with tempfile.TemporaryFile() as logits:
+        base = {"text": str(TEXT), "windows": 3, "logits": logits.fileno()}
+        opened, *windows = quality.reference({**base, "checkpoint": str(checkpoint), "limit": 1 << 30})
+        assert opened["reference"]["notes"] == []
+        given = {**base, "reference": opened["reference"], "options": options}
+        facts, *scores = quality.scores({**given, "path": str(path), "runtime": "llama-cpp"})
     assert facts["opened"]["notes"] == []  # the GGUF's own tokenizer agrees
     for own, theirs in zip(windows, scores, strict=True):
         np.testing.assert_allclose(theirs["nll"], own["nll"], atol=1e-3)
         assert max(theirs["kld"]) < 1e-6
 
 
-def test_a_disk_limit_leaves_fewer_windows_and_says_so(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_disk_limit_leaves_fewer_windows_and_says_so(make_model: Callable[..., Path]) -> None:
     window = 4 * 127 * 320
-    job = {"checkpoint": str(make_model("llama")), "text": str(TEXT), "windows": 2, "folder": str(tmp_path)}
-    opened, *windows = quality.reference({**job, "limit": window + 1})
+    with tempfile.TemporaryFile() as logits:
+        job = {"checkpoint": str(make_model("llama")), "text": str(TEXT), "windows": 2, "logits": logits.fileno()}
+        opened, *windows = quality.reference({**job, "limit": window + 1})
+        assert os.fstat(logits.fileno()).st_size == window
     assert len(windows) == 1
     assert opened["reference"]["notes"] == [
         "1 of 2 windows are scored: the reference's logits lie on disk, and 0 MiB is the limit"
     ]
 
 
-def test_a_reference_that_fails_leaves_speed_and_perplexity(
-    make_model: Callable[..., Path], tmp_path: Path, tiny_gguf: Path
-) -> None:
+def test_a_reference_that_fails_leaves_speed_and_perplexity(make_model: Callable[..., Path], tiny_gguf: Path) -> None:
     (result,), _ = run([tiny_gguf], reference=make_model("llama"), logits_limit=1000)
     assert [(failure.stage, failure.exit_code) for failure in result.failures] == [("reference", 5)]
     assert result.speed is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from r1q.benchmarks.machine import machine, resident, versions
+from r1q.benchmarks.machine import busy, machine, resident, versions
 
 CPUINFO = """processor\t: 0
 model name\t: Imaginary 9000
@@ -43,6 +43,10 @@ def test_versions_keep_what_the_runtime_says() -> None:
     assert found["numpy"] == np.__version__
     assert found["engine"] == "1.2"
     assert "r1q" in found
+
+
+def test_busy_is_a_fraction() -> None:
+    assert 0 <= busy(0.01) <= 1
 
 
 def test_the_peak_stays_when_memory_is_given_back() -> None:

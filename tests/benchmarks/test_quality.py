@@ -1,7 +1,10 @@
 """Windows by hand, the disk's limit, and an artifact's scores against a slow loop over single prefills."""
 
 import math
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -60,15 +63,22 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def job(path: Path, text: Path, folder: Path | None, **options: object) -> dict[str, object]:
-    given = {"context": 64, "cache": "f32", "flash_attention": False, "threads": 1, **options}
-    base = {"path": str(path), "runtime": "llama-cpp", "options": given, "text": str(text), "windows": 3, "length": 64}
-    return {**base, "folder": None if folder is None else str(folder), "limit": 1 << 30}
+def job(path: Path, text: Path) -> dict[str, object]:
+    options = {"context": 64, "cache": "f32", "flash_attention": False, "threads": 1}
+    base = {
+        "path": str(path),
+        "runtime": "llama-cpp",
+        "options": options,
+        "text": str(text),
+        "windows": 3,
+        "length": 64,
+    }
+    return {**base, "reference": None, "logits": None}
 
 
 @pytest.mark.runtime
 def test_nll_equals_one_prefill_for_every_scored_token(tiny_gguf: Path, text: Path) -> None:
-    messages = list(quality.scores(job(tiny_gguf, text, None)))
+    messages = list(quality.scores(job(tiny_gguf, text)))
     assert messages[0]["opened"] == {"windows": 3, "length": 64, "first": 32, "notes": []}
     with load_runtime("llama-cpp").open(tiny_gguf, Options(cache="f32", flash_attention=False, threads=1)) as session:
         stream = [256, *session.encode(text.read_text())]
@@ -86,52 +96,68 @@ def test_nll_equals_one_prefill_for_every_scored_token(tiny_gguf: Path, text: Pa
             assert messages[window + 1]["kld"] is None
 
 
-def lay_out(folder: Path, tokens: NDArray[np.int64], rows: Logits) -> None:
-    np.save(folder / quality.TOKENS, tokens)
-    np.save(folder / quality.LOGITS, rows)
+@pytest.fixture
+def logits() -> Iterator[BinaryIO]:
+    with tempfile.TemporaryFile() as file:
+        yield file
+
+
+def test_a_full_disk_is_a_matter_of_resources() -> None:
+    with Path("/dev/full").open("r+b", buffering=0) as full, pytest.raises(ResourceError, match="do not fit"):
+        quality._write(full, np.zeros((2, 3), dtype=np.float32))
+
+
+def against(file: BinaryIO, tokens: NDArray[np.int64], rows: Logits) -> dict[str, object]:
+    """Lay out a reference's logits and return what a job says of them."""
+    file.seek(0)
+    file.write(rows.tobytes())
+    file.flush()
+    facts = {"length": 64, "first": 32, "windows": len(tokens), "vocab": rows.shape[2], "tokens": tokens.tolist()}
+    return {"reference": facts, "logits": file.fileno()}
 
 
 @pytest.mark.runtime
 def test_divergence_from_its_own_logits_is_zero_and_from_others_is_what_they_say(
-    tiny_gguf: Path, text: Path, tmp_path: Path
+    tiny_gguf: Path, text: Path, logits: BinaryIO
 ) -> None:
     with load_runtime("llama-cpp").open(tiny_gguf, Options(cache="f32", flash_attention=False, threads=1)) as session:
         tokens = quality.cut(session.encode(text.read_text()), length=64, windows=2, bos=256)
         own = np.stack([session.logits(row[:-1].tolist(), first=32) for row in tokens])
-    lay_out(tmp_path, tokens, own)
-    messages = list(quality.scores(job(tiny_gguf, text, tmp_path)))
+    messages = list(quality.scores({**job(tiny_gguf, text), **against(logits, tokens, own)}))
     assert messages[0]["opened"]["notes"] == []
     for message in messages[1:]:
         assert max(message["kld"]) < 1e-9
         assert all(message["same_top"])
     # A reference that is uniform: KL(u ‖ p) = −ln V − mean of ln p, with ln p = logits − logsumexp.
-    lay_out(tmp_path, tokens, np.zeros_like(own))
-    for window, message in enumerate(list(quality.scores(job(tiny_gguf, text, tmp_path)))[1:]):
+    uniform = against(logits, tokens, np.zeros_like(own))
+    for window, message in enumerate(list(quality.scores({**job(tiny_gguf, text), **uniform}))[1:]):
         wide = own[window].astype(np.float64)
         expected = np.log(np.exp(wide).sum(axis=1)) - wide.mean(axis=1) - np.log(264)
         np.testing.assert_allclose(message["kld"], expected, rtol=1e-6)
 
 
 @pytest.mark.runtime
-def test_another_tokenizer_is_noted_and_another_vocabulary_refused(tiny_gguf: Path, text: Path, tmp_path: Path) -> None:
+def test_another_tokenizer_is_noted_and_another_vocabulary_refused(
+    tiny_gguf: Path, text: Path, logits: BinaryIO
+) -> None:
     with load_runtime("llama-cpp").open(tiny_gguf, Options(threads=1)) as session:
         tokens = quality.cut(session.encode(text.read_text()), length=64, windows=2, bos=256)
     tokens[1, 7] = 5
-    lay_out(tmp_path, tokens, np.zeros((2, 31, 264), dtype=np.float32))
-    notes = next(iter(quality.scores(job(tiny_gguf, text, tmp_path))))["opened"]["notes"]
+    given = against(logits, tokens, np.zeros((2, 31, 264), dtype=np.float32))
+    notes = next(iter(quality.scores({**job(tiny_gguf, text), **given})))["opened"]["notes"]
     assert notes == [
         "the artifact's own tokenizer splits the text otherwise in 1 of 2 windows; the reference's was used"
     ]
-    lay_out(tmp_path, tokens, np.zeros((2, 31, 300), dtype=np.float32))
+    given = against(logits, tokens, np.zeros((2, 31, 300), dtype=np.float32))
     with pytest.raises(
         InputError, match="the artifact has 264 tokens and the reference 300: they are not the same model"
     ):
-        list(quality.scores(job(tiny_gguf, text, tmp_path)))
+        list(quality.scores({**job(tiny_gguf, text), **given}))
 
 
 @pytest.mark.runtime
 def test_a_text_for_fewer_windows_is_noted(tiny_gguf: Path, text: Path) -> None:
-    asked = {**job(tiny_gguf, text, None), "windows": 99}
+    asked = {**job(tiny_gguf, text), "windows": 99}
     notes = next(iter(quality.scores(asked)))["opened"]["notes"]
     assert len(notes) == 1
     assert "of the 99 asked for" in notes[0]
