@@ -9,9 +9,10 @@ from pathlib import Path
 
 from r1q import __version__
 from r1q.core.artifact import Artifact, OutputFolder
-from r1q.core.checkpoint import QuantizedCheckpoint
+from r1q.core.checkpoint import MANIFEST, QuantizedCheckpoint
+from r1q.core.errors import InputError
 from r1q.core.files import remove_leftovers
-from r1q.models.source import ModelSource
+from r1q.models.embedded import OpenedModel
 from r1q.plan.plan import Plan
 from r1q.quantize.run import Event, Request, quantize_checkpoint
 
@@ -30,16 +31,25 @@ def versions() -> dict[str, str]:
     return {"r1q": __version__, "numpy": version("numpy"), "numba": version("numba")}
 
 
-def quantize_model(source: ModelSource, plan: Plan, output: OutputFolder, *, method: str) -> Iterator[Event | Exported]:
-    """Quantize and export `source` as `plan` says into `output`, yielding events; one `Exported` for each format.
+def quantize_model(model: OpenedModel, plan: Plan, output: OutputFolder, *, method: str) -> Iterator[Event | Exported]:
+    """Quantize and export `model` as `plan` says into `output`, yielding events; one `Exported` for each format.
 
     The same call on a finished folder yields «already done» and changes nothing.
     """
     output.refuse_foreign()
-    request = Request(model=plan.model, recipe=plan.recipe, planned=plan.tensors, method=method, versions=versions())
-    finished = (output.checkpoint / "manifest.json").is_file()
+    source = model.source
+    request = Request(
+        model=plan.model,
+        origin=model.origin,
+        recipe=plan.recipe,
+        planned=plan.tensors,
+        method=method,
+        versions=versions(),
+    )
+    finished = (output.checkpoint / MANIFEST).is_file()
     if not finished:
         plan.check_disk(output.path)
+        _refuse_unexportable(source.path, plan.formats)
     yield from quantize_checkpoint(source, request, output.checkpoint)
     if not finished:
         output.remember_source(source.path)
@@ -50,14 +60,21 @@ def export_checkpoint(output: OutputFolder, formats: Sequence[str]) -> Iterator[
     """Write every format that is not there yet from the checkpoint in `output`; never quantizes."""
     for name in formats:
         current = output.current(name)
+        already = current is not None
         if current is None:
             remove_leftovers(output.path)
             checkpoint = QuantizedCheckpoint.open(output.checkpoint)
             path, notes = _EXPORTERS[name](checkpoint, output.path)
-            current, already = output.record(name, path, notes), False
-        else:
-            already = True
+            current = output.record(name, path, notes)
         yield Exported(artifact=current, path=output.path / current.name, already=already)
+
+
+def _refuse_unexportable(source: Path, formats: Sequence[str]) -> None:
+    """Raise `InputError` for a tokenizer that llama.cpp would read differently: before the work, not after it."""
+    if "gguf" in formats:
+        from r1q.export.gguf import prove_source
+
+        prove_source(source)
 
 
 def _gguf(checkpoint: QuantizedCheckpoint, folder: Path) -> tuple[Path, tuple[str, ...]]:
@@ -65,7 +82,12 @@ def _gguf(checkpoint: QuantizedCheckpoint, folder: Path) -> tuple[Path, tuple[st
     from r1q.export.pretokenizer import prove_tokenizer
 
     path = write_gguf(checkpoint, folder)
-    return path, (f"tokenizer: {prove_tokenizer(path, checkpoint.sidecar)}",)
+    try:
+        proof = prove_tokenizer(path, checkpoint.sidecar)
+    except InputError:
+        path.unlink()
+        raise
+    return path, (f"tokenizer: {proof}",)
 
 
 def _gptq(checkpoint: QuantizedCheckpoint, folder: Path) -> tuple[Path, tuple[str, ...]]:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -59,6 +59,7 @@ class Request:
     """What to quantize and how: everything that decides the bytes is in here, and in job.json."""
 
     model: str
+    origin: Mapping[str, str] = field(default_factory=dict)
     recipe: Recipe
     planned: tuple[PlannedTensor, ...]
     method: str
@@ -69,6 +70,7 @@ class Request:
         return {
             "format": FORMAT_VERSION,
             "model": self.model,
+            "origin": dict(self.origin),
             "recipe": self.recipe.to_dict(),
             "schemes": {tensor.spec.name: str(tensor.scheme) for tensor in self.planned},
             "method": self.method,

@@ -15,7 +15,7 @@ from r1q.core.artifact import OutputFolder
 from r1q.core.gguf_file import GgufFile
 from r1q.core.mixtures import FILE_TYPES, MIXTURES
 from r1q.core.recipe import Recipe
-from r1q.models.source import ModelSource
+from r1q.models.embedded import open_model
 from r1q.models.tokenizer import Tokenizer
 from r1q.plan.plan import make_plan
 from r1q.plan.walk import Exported, quantize_model
@@ -30,9 +30,9 @@ SIZES: dict[str, int] = {"hidden_size": 256, "intermediate_size": 512, "num_laye
 
 def written(model: Path, scheme: str, output: Path) -> Path:
     """Quantize `model` with our own walk and return the GGUF file."""
-    source = ModelSource.open(model)
-    plan = make_plan(source, Recipe.named(scheme), ("gguf",))
-    events = list(quantize_model(source, plan, OutputFolder(output), method="rtn"))
+    opened = open_model(str(model))
+    plan = make_plan(opened.source, Recipe.named(scheme), ("gguf",))
+    events = list(quantize_model(opened, plan, OutputFolder(output), method="rtn"))
     exported = events[-1]
     assert isinstance(exported, Exported)
     assert exported.artifact.notes[0].startswith("tokenizer: proven")
