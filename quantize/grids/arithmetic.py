@@ -46,10 +46,8 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
         # numba throws a kernel away when its own file changes, but not when a file changes whose kernels were inlined into it:
         # without this line, an upgrade or an edit could go on running old arithmetic.
         compiled._cache._cache_file._source_stamp = _sources()
-    except (
-        RuntimeError,
-        AttributeError,
-    ):  # no folder to keep code in, or a numba that keeps it otherwise: compile each run
+    except (RuntimeError, AttributeError):
+        # There is no folder to keep code in, or this numba keeps it in another way: compile it in every run.
         compiled = numba.njit(nogil=True, error_model="numpy")(function)
     return cast(Callable[P, R], compiled)
 
@@ -101,9 +99,7 @@ def half_bits(value: np.float32) -> np.uint16:
         return np.uint16(sign | 0x7E00)
     if magnitude >= 0x477FF000:  # 65520, the first number that rounds past the largest half
         return np.uint16(sign | 0x7C00)
-    if (
-        magnitude < 0x38800000
-    ):  # below 2**-14: next to 0.5 a float32's last bit weighs 2**-24, as a subnormal half's does
+    if magnitude < 0x38800000:  # below 2**-14, where a half's last bit weighs 2**-24, as a float32's does next to 0.5
         shifted = np.int64(np.float32(abs(value) + HALF).view(np.uint32))
         return np.uint16(sign | (shifted - 0x3F000000))
     return np.uint16(sign | ((magnitude - 0x38000000 + 0x0FFF + ((magnitude >> 13) & 1)) >> 13))

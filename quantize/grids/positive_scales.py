@@ -36,9 +36,8 @@ def _best_inverse(values: Floats, weights: Floats, peak: np.float32, top: int) -
     best_inverse = np.float32(top) / peak
     best = ZERO
     scale = ONE / best_inverse
-    for i in range(
-        values.size
-    ):  # the first candidate is not capped and its codes wrap in a byte, unlike the other eight
+    # The first candidate is not capped and its codes wrap in a byte, unlike those of the other eight.
+    for i in range(values.size):
         error = values[i] - scale * np.float32(nearest(best_inverse * values[i]) & 255)
         best += weights[i] * error * error
     for step in range(-_REACH, _REACH + 1):

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from numba.core import caching
 from numpy.typing import NDArray
 
 from r1q.core.blocks import LAYOUTS, pack, steps_of_blocks, unpack
@@ -351,6 +352,16 @@ def test_integers_are_rounded_as_c_does() -> None:
     assert [arithmetic.rounded_away(value) for value in values] == away.astype(int).tolist()
     for nowhere in (np.nan, np.inf, -np.inf, 1e30):
         assert arithmetic.truncated(np.float32(nowhere)) == arithmetic.rounded_away(np.float32(nowhere)) == 0
+
+
+def test_without_a_folder_for_machine_code_kernels_still_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with a read-only disk; an empty list of places is how numba finds none."""
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+
+    def half(number: float) -> float:
+        return number / 2
+
+    assert arithmetic.kernel(half)(3.0) == 1.5
 
 
 def test_kept_machine_code_is_renewed_when_an_inlined_kernel_changes(tmp_path: Path) -> None:
