@@ -71,7 +71,7 @@ def versions(runtime: Mapping[str, str]) -> dict[str, str]:
 
 def busy(seconds: float = 0.3) -> float:
     """Return the fraction of all processors in use by anybody during the next `seconds`, in which the caller sleeps."""
-    return psutil.cpu_percent(interval=seconds) / 100
+    return float(psutil.cpu_percent(interval=seconds)) / 100
 
 
 def resident() -> tuple[int, int]:

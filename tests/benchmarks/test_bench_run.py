@@ -9,17 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from r1q.benchmarks import quality
 from r1q.benchmarks.result import BenchResult
 from r1q.benchmarks.run import TEXT, Event, bench
-from r1q.core.artifact import OutputFolder
+from r1q.cli import main
 from r1q.core.errors import InputError, UsageError
-from r1q.models.embedded import OpenedModel
-from r1q.models.source import ModelSource
-from r1q.plan.choose import Wish, choose_recipe
-from r1q.plan.plan import make_plan
-from r1q.plan.walk import quantize_model
 from r1q.runtimes.table import RUNTIMES
 
 pytestmark = pytest.mark.runtime
@@ -32,11 +28,10 @@ def run(artifacts: list[Path], **options: object) -> tuple[list[BenchResult], li
 
 
 def quantized(checkpoint: Path, folder: Path, scheme: str) -> Path:
-    """Quantize with the library and return the output folder, which remembers its source."""
-    source = ModelSource.open(checkpoint)
-    plan = make_plan(source, choose_recipe(Wish(scheme=scheme), source.tensors).recipe, ("gguf",))
-    for _ in quantize_model(OpenedModel(source), plan, OutputFolder(folder), method="rtn"):
-        pass
+    """Quantize as a user does and return the output folder, which remembers its source."""
+    arguments = ["quantize", str(checkpoint), "--scheme", scheme, "-o", str(folder), "--quiet"]
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
     return folder
 
 
