@@ -31,6 +31,24 @@ def write_tiny_gguf(
     """Write a two-block Llama with seeded random weights; matrices have type `kind`, norms are float32."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
+    describe(writer, context)
+    add_tokenizer(writer, add_bos=add_bos)
+    for name, shape in shapes().items():
+        if len(shape) == 1:
+            writer.add_tensor(name, np.ones(shape, dtype=np.float32))
+            continue
+        weights = (scale * rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
+        data = weights if kind == Type.F32 else gguf.quants.quantize(weights, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def describe(writer: gguf.GGUFWriter, context: int) -> None:
+    """Add the hyper-parameters."""
     writer.add_name("tiny")
     writer.add_context_length(context)
     writer.add_embedding_length(HIDDEN)
@@ -42,9 +60,13 @@ def write_tiny_gguf(
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(HIDDEN // HEADS)
     writer.add_vocab_size(VOCAB)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, *, add_bos: bool) -> None:
+    """Add a byte-level BPE: 256 bytes, two special tokens, and the tokens that the merges make."""
+    tokens = [*byte_letters(), "<s>", "</s>", *(merge.replace(" ", "") for merge in MERGES)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("llama-bpe")
-    tokens = [*byte_letters(), "<s>", "</s>", *(merge.replace(" ", "") for merge in MERGES)]
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
     writer.add_token_merges(MERGES)
@@ -52,31 +74,21 @@ def write_tiny_gguf(
     writer.add_eos_token_id(EOS)
     writer.add_add_bos_token(add_bos)
 
-    def add(name: str, *shape: int) -> None:
-        if len(shape) == 1:
-            writer.add_tensor(name, np.ones(shape, dtype=np.float32))
-            return
-        weights = (scale * rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
-        data = weights if kind == Type.F32 else gguf.quants.quantize(weights, kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
 
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Return every tensor's shape, in the order of the file."""
     kv_width = HIDDEN // HEADS * KV_HEADS
-    add("token_embd.weight", VOCAB, HIDDEN)
-    for layer in range(LAYERS):
-        block = f"blk.{layer}"
-        add(f"{block}.attn_norm.weight", HIDDEN)
-        add(f"{block}.attn_q.weight", HIDDEN, HIDDEN)
-        add(f"{block}.attn_k.weight", kv_width, HIDDEN)
-        add(f"{block}.attn_v.weight", kv_width, HIDDEN)
-        add(f"{block}.attn_output.weight", HIDDEN, HIDDEN)
-        add(f"{block}.ffn_norm.weight", HIDDEN)
-        add(f"{block}.ffn_gate.weight", FEED, HIDDEN)
-        add(f"{block}.ffn_up.weight", FEED, HIDDEN)
-        add(f"{block}.ffn_down.weight", HIDDEN, FEED)
-    add("output_norm.weight", HIDDEN)
-    add("output.weight", VOCAB, HIDDEN)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    block: dict[str, tuple[int, ...]] = {
+        "attn_norm": (HIDDEN,),
+        "attn_q": (HIDDEN, HIDDEN),
+        "attn_k": (kv_width, HIDDEN),
+        "attn_v": (kv_width, HIDDEN),
+        "attn_output": (HIDDEN, HIDDEN),
+        "ffn_norm": (HIDDEN,),
+        "ffn_gate": (FEED, HIDDEN),
+        "ffn_up": (FEED, HIDDEN),
+        "ffn_down": (HIDDEN, FEED),
+    }
+    blocks = {f"blk.{layer}.{name}.weight": shape for layer in range(LAYERS) for name, shape in block.items()}
+    ends = {"output_norm.weight": (HIDDEN,), "output.weight": (VOCAB, HIDDEN)}
+    return {"token_embd.weight": (VOCAB, HIDDEN), **blocks, **ends}
