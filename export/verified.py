@@ -64,8 +64,7 @@ class Verified:
 
     def text(self) -> str:
         """Return the result in lines: the verdict, then the defects (the worst tensor first), then the notes."""
-        name = f"{self.format} {self.path.name}" if self.format != "checkpoint" else f"checkpoint {self.path}"
-        lines = [f"{'FAILED' if self.defects else 'ok'}  {name}: {self._verdict()}"]
+        lines = [f"{'FAILED' if self.defects else 'ok'}: {self.format} {self.path}: {self._verdict()}"]
         shown = sorted(self.defects, key=lambda d: (d.difference is None, -(d.difference or 0.0)))
         lines += [f"      {defect}" for defect in shown[:_SHOWN]]
         if len(shown) > _SHOWN:

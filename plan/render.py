@@ -56,8 +56,13 @@ def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -
     if kept:
         console.print(f"resumed: {kept} block files were finished before", highlight=False)
     for result in results:
-        state = "already done" if result.already else "done"
-        console.print(f"{state}: {result.path} ({result.artifact.bytes / 1e6:.1f} MB)", highlight=False)
-        for note in result.artifact.notes:
-            console.print(f"  {note}", highlight=False)
+        show_exported(console, result)
     return [result.path for result in results]
+
+
+def show_exported(console: Console, result: Exported) -> None:
+    """Print where a finished artifact is, how large, and what there is to know about it."""
+    state = "already done" if result.already else "done"
+    console.print(f"{state}: {result.path} ({result.artifact.bytes / 1e6:.1f} MB)", highlight=False)
+    for note in result.artifact.notes:
+        console.print(f"  {note}", highlight=False)

@@ -22,6 +22,7 @@ from r1q.core.formats import parse_formats
 from r1q.core.recipe import Recipe
 from r1q.export.verified import Verified, refuse_failed
 from r1q.export.verify import verify_path
+from r1q.models.embedded import OpenedModel
 from r1q.models.source import ModelSource
 from r1q.plan.choose import Wish, choose_recipe
 from r1q.plan.plan import make_plan
@@ -53,7 +54,11 @@ def made(make_model: MakeModel, tmp_path: Path, originals: tuple[Path, dict[str,
             recipe = (
                 Recipe.named(scheme) if scheme else choose_recipe(Wish(formats=formats, **wish), source.tensors).recipe
             )
-            list(quantize_model(source, make_plan(source, recipe, formats), OutputFolder(kept[key]), method="rtn"))
+            list(
+                quantize_model(
+                    OpenedModel(source), make_plan(source, recipe, formats), OutputFolder(kept[key]), method="rtn"
+                )
+            )
         copy = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         return OutputFolder(Path(shutil.copytree(kept[key], copy)))
 
