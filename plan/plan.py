@@ -14,6 +14,7 @@ from r1q.core.mixtures import ModelShape
 from r1q.core.recipe import PlannedTensor, Recipe, resolve
 from r1q.models.config import ModelConfig
 from r1q.models.source import ModelSource
+from r1q.plan.statistics import Statistics, read_statistics
 
 # Metadata of a GGUF file: a vocabulary of 150k tokens and its merges take about 6 MB.
 _METADATA_BYTES = 8 << 20
@@ -27,6 +28,7 @@ class Plan:
     recipe: Recipe
     tensors: tuple[PlannedTensor, ...]
     formats: tuple[str, ...]
+    statistics: Statistics | None = None
 
     @property
     def weights(self) -> int:
@@ -70,7 +72,7 @@ class Plan:
             )
 
 
-def model_shape(config: ModelConfig) -> ModelShape:
+def model_shape(config: ModelConfig, calibrated: bool) -> ModelShape:
     """Return what llama.cpp's mixtures look at."""
     return ModelShape(
         family=config.family,
@@ -78,14 +80,18 @@ def model_shape(config: ModelConfig) -> ModelShape:
         heads=config.num_heads,
         kv_heads=config.num_kv_heads,
         tied=config.tied,
+        calibrated=calibrated,
     )
 
 
-def make_plan(source: ModelSource, recipe: Recipe, formats: Sequence[str]) -> Plan:
-    """Return what `recipe` makes of `source` for `formats`.
+def make_plan(source: ModelSource, recipe: Recipe, formats: Sequence[str], imatrix: Path | None = None) -> Plan:
+    """Return what `recipe` makes of `source` for `formats`, weighing errors by the file `imatrix` if there is one.
 
-    Raises `UsageError` for a recipe that does not fit the model, or that a format cannot hold.
+    Raises `UsageError` for a recipe that does not fit the model, or that a format cannot hold; `InputError` for
+    statistics of another model.
     """
-    tensors = resolve(recipe, source.tensors, model_shape(source.config))
+    statistics = None if imatrix is None else read_statistics(imatrix, source.tensors)
+    tensors = resolve(recipe, source.tensors, model_shape(source.config, calibrated=statistics is not None))
     refuse_unfit(tensors, formats)
-    return Plan(model=source.config.name, recipe=recipe, tensors=tensors, formats=tuple(formats))
+    name = source.config.name
+    return Plan(model=name, recipe=recipe, tensors=tensors, formats=tuple(formats), statistics=statistics)

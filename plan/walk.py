@@ -45,6 +45,8 @@ def quantize_model(model: OpenedModel, plan: Plan, output: OutputFolder, *, meth
         planned=plan.tensors,
         method=method,
         versions=versions(),
+        importance={} if plan.statistics is None else plan.statistics.importance,
+        calibration=None if plan.statistics is None else plan.statistics.calibration,
     )
     finished = (output.checkpoint / MANIFEST).is_file()
     if not finished:

@@ -56,7 +56,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to quantize and how: everything that decides the bytes is in here, and in job.json."""
+    """What to quantize and how: everything that decides the bytes is in here, and in job.json.
+
+    `importance` maps GGUF tensor names to mean squared activations [columns]; `calibration` says where they came from.
+    """
 
     model: str
     origin: Mapping[str, str] = field(default_factory=dict)
@@ -64,6 +67,13 @@ class Request:
     planned: tuple[PlannedTensor, ...]
     method: str
     versions: Mapping[str, str]
+    importance: Mapping[str, Floats] = field(default_factory=dict)
+    calibration: Mapping[str, object] | None = None
+
+    def unweighted(self) -> list[PlannedTensor]:
+        """Return the matrices that have no importance although there is some for others."""
+        coded = (tensor for tensor in self.planned if tensor.scheme.facts.family == "ggml")
+        return [tensor for tensor in coded if tensor.spec.gguf_name not in self.importance] if self.importance else []
 
     def job(self, source: FloatSource) -> dict[str, object]:
         """Return what job.json fixes."""
@@ -74,6 +84,7 @@ class Request:
             "recipe": self.recipe.to_dict(),
             "schemes": {tensor.spec.name: str(tensor.scheme) for tensor in self.planned},
             "method": self.method,
+            "calibration": self.calibration,
             "source": dict(source.fingerprint()),
             "versions": dict(self.versions),
         }
@@ -100,11 +111,11 @@ def quantize_checkpoint(source: FloatSource, request: Request, folder: Path) -> 
             yield Event(what="kept", name=file, count=len(tensors))
             continue
         done: list[TensorRecord] = []
-        yield from _write_block(source, folder / file, tensors, done)
+        yield from _write_block(source, request, folder / file, tensors, done)
         finished[file] = journal.FinishedFile(file=file, sha256=sha256_file(folder / file), records=tuple(done))
         journal.append(folder, finished[file])
         yield Event(what="file", name=file)
-    _write_manifest(folder, job, [finished[file] for file in block_files(request.planned)])
+    _write_manifest(folder, job, request, [finished[file] for file in block_files(request.planned)])
     yield Event(what="done")
 
 
@@ -120,25 +131,28 @@ def block_files(planned: Sequence[PlannedTensor]) -> dict[str, list[PlannedTenso
 
 
 def _write_block(
-    source: FloatSource, path: Path, tensors: Sequence[PlannedTensor], done: list[TensorRecord]
+    source: FloatSource, request: Request, path: Path, tensors: Sequence[PlannedTensor], done: list[TensorRecord]
 ) -> Iterator[Event]:
     """Write one block file, appending a record to `done` for each tensor; an event follows each."""
     entries = [stored_entry(tensor) for tensor in tensors]
-    pieces = (piece for tensor in tensors for piece in _stored_slabs(source, tensor, path.name, done))
+    pieces = (piece for tensor in tensors for piece in _stored_slabs(source, request, tensor, path.name, done))
     write_safetensors(path, entries, pieces, metadata={"format": "r1q"})
     for record in done:
         yield Event(what="tensor", name=record.spec.name, count=1, record=record)
 
 
-def _stored_slabs(source: FloatSource, planned: PlannedTensor, file: str, done: list[TensorRecord]) -> Iterator[bytes]:
+def _stored_slabs(
+    source: FloatSource, request: Request, planned: PlannedTensor, file: str, done: list[TensorRecord]
+) -> Iterator[bytes]:
     """Yield a tensor's stored bytes slab by slab; at the end append its record."""
     spec, digest = planned.spec, hashlib.sha256()
+    importance = request.importance.get(spec.gguf_name)
     squared_error = squared_weight = 0.0
     step = max(1, SLAB_WEIGHTS // spec.columns)
     for start in range(0, spec.rows, step):
         stop = min(start + step, spec.rows)
         weights = source.read_rows(spec.name, start, stop).reshape(stop - start, spec.columns)
-        stored, values = _store(weights, planned)
+        stored, values = _store(weights, planned, importance)
         difference = (values - weights).ravel()
         squared_error += float(np.vdot(difference, difference))
         squared_weight += float(np.vdot(weights, weights))
@@ -157,12 +171,12 @@ def _stored_slabs(source: FloatSource, planned: PlannedTensor, file: str, done: 
     )
 
 
-def _store(weights: Floats, planned: PlannedTensor) -> tuple[Bytes, Floats]:
+def _store(weights: Floats, planned: PlannedTensor, importance: Floats | None) -> tuple[Bytes, Floats]:
     """Return the stored bytes of rows, and the values they stand for."""
     if planned.scheme.facts.family == "float":
         stored = float_bytes(planned.scheme.grid, weights)
         return stored, bytes_to_floats(planned.scheme.grid, stored).reshape(weights.shape)
-    tensor = rtn(np.ascontiguousarray(weights), planned.scheme)
+    tensor = rtn(np.ascontiguousarray(weights), planned.scheme, importance)
     return pack(planned.scheme, tensor.codes, tensor.params), tensor.dequantize()
 
 
@@ -175,14 +189,18 @@ def _copy_sidecars(source: FloatSource, folder: Path) -> None:
             shutil.copyfile(path, temporary)
 
 
-def _write_manifest(folder: Path, job: Mapping[str, object], finished: Sequence[journal.FinishedFile]) -> None:
+def _write_manifest(
+    folder: Path, job: Mapping[str, object], request: Request, finished: Sequence[journal.FinishedFile]
+) -> None:
     records = [record for entry in finished for record in entry.records]
     sidecars = sorted((folder / SIDECAR).iterdir())
-    events = [f"{r.spec.name}: {r.wanted} does not divide rows of {r.spec.columns}, stored as {r.scheme}"
-              for r in records if r.wanted != r.scheme.grid]  # fmt: skip
+    fell_back = [record for record in records if record.wanted != record.scheme.grid]
+    events = [
+        f"{r.spec.name}: {r.wanted} does not divide rows of {r.spec.columns}, stored as {r.scheme}" for r in fell_back
+    ]
+    events += [f"{tensor.spec.name}: no importance given, plain search" for tensor in request.unweighted()]
     manifest: dict[str, object] = {
         **job,
-        "calibration": None,
         "seed": None,
         "events": events,
         "files": {

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from r1q.core.artifact import OutputFolder
+from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.gguf_file import GgufFile
 from r1q.core.mixtures import FILE_TYPES, MIXTURES
 from r1q.core.recipe import Recipe
@@ -28,10 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES: dict[str, int] = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 9, "vocab_size": 320}
 
 
-def written(model: Path, scheme: str, output: Path) -> Path:
+def written(model: Path, scheme: str, output: Path, imatrix: Path | None = None) -> Path:
     """Quantize `model` with our own walk and return the GGUF file."""
     opened = open_model(str(model))
-    plan = make_plan(opened.source, Recipe.named(scheme), ("gguf",))
+    plan = make_plan(opened.source, Recipe.named(scheme), ("gguf",), imatrix)
     events = list(quantize_model(opened, plan, OutputFolder(output), method="rtn"))
     exported = events[-1]
     assert isinstance(exported, Exported)
@@ -39,17 +40,46 @@ def written(model: Path, scheme: str, output: Path) -> Path:
     return exported.path
 
 
-def llama_quantized(bf16: Path, scheme: str, to: Path) -> Path:
+LLAMA_QUANTIZE = """
+import ctypes, sys, llama_cpp, numpy
+source, target, file_type, importance = sys.argv[1:]
+options = llama_cpp.llama_model_quantize_default_params()
+options.ftype, options.nthread = int(file_type), 2
+if importance:
+    values = dict(numpy.load(importance))
+    entries = (llama_cpp.llama_model_imatrix_data * (len(values) + 1))()
+    for entry, (name, row) in zip(entries, values.items()):
+        entry.name, entry.data, entry.size = name.encode(), row.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), len(row)
+    options.imatrix = entries
+sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(options)))
+"""
+
+
+def llama_quantized(bf16: Path, scheme: str, to: Path, importance: dict[str, np.ndarray] | None = None) -> Path:
     """Let llama.cpp quantize `bf16` in a process of its own, as it logs to stderr and aborts on errors."""
-    code = (
-        "import ctypes, sys, llama_cpp\n"
-        "options = llama_cpp.llama_model_quantize_default_params()\n"
-        "options.ftype, options.nthread = int(sys.argv[3]), 2\n"
-        "sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(options)))\n"
-    )
-    command = [sys.executable, "-c", code, str(bf16), str(to), str(FILE_TYPES[scheme])]
-    subprocess.run(command, check=True, capture_output=True)
+    weights = to.with_suffix(".npz")
+    if importance:
+        np.savez(weights, **importance)  # type: ignore[arg-type]
+    arguments = [str(bf16), str(to), str(FILE_TYPES[scheme]), str(weights) if importance else ""]
+    subprocess.run([sys.executable, "-c", LLAMA_QUANTIZE, *arguments], check=True, capture_output=True)
     return to
+
+
+def write_imatrix(path: Path, importance: dict[str, np.ndarray]) -> Path:
+    """Write llama-imatrix's GGUF form with gguf's own writer: sums over 8 tokens, and the count."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "")
+    writer.add_string("general.type", "imatrix")
+    writer.add_uint32("imatrix.chunk_count", 3)
+    for name, row in importance.items():
+        writer.add_tensor(f"{name}.in_sum2", (row * 8).reshape(1, -1))
+        writer.add_tensor(f"{name}.counts", np.full((1, 1), 8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def assert_same_tensors(ours: Path, theirs: Path) -> None:
@@ -68,6 +98,24 @@ def test_every_preset_equals_llama_quantize(make_model: MakeModel, tmp_path: Pat
     assert_same_tensors(
         written(model, preset, tmp_path / preset), llama_quantized(bf16, preset, tmp_path / "theirs.gguf")
     )
+
+
+@pytest.mark.parametrize("preset", MIXTURES)
+def test_every_preset_equals_llama_quantize_with_an_importance_matrix(
+    make_model: MakeModel, tmp_path: Path, preset: str
+) -> None:
+    model = make_model("llama", **SIZES)
+    rng = np.random.default_rng(5)
+    inside = [spec for spec in open_model(str(model)).source.tensors if spec.is_matrix and spec.layer is not None]
+    # One layer's values have none, as when a file lacks an entry.
+    kept = [spec for spec in inside if spec.gguf_name != "blk.4.attn_v.weight"]
+    importance = {spec.gguf_name: rng.gamma(0.5, size=spec.columns).astype(np.float32) for spec in kept}
+    imatrix = write_imatrix(tmp_path / "imatrix.gguf", importance)
+    bf16 = written(model, "bf16", tmp_path / "bf16")
+    ours = written(model, preset, tmp_path / preset, imatrix)
+    assert_same_tensors(ours, llama_quantized(bf16, preset, tmp_path / "theirs.gguf", importance))
+    manifest = QuantizedCheckpoint.open(tmp_path / preset / "checkpoint").manifest
+    assert "model.layers.4.self_attn.v_proj.weight: no importance given, plain search" in str(manifest["events"])
 
 
 def test_grouped_heads_get_what_llama_cpp_gives_them(make_model: MakeModel, tmp_path: Path) -> None:
