@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from r1q.core.artifact import OutputFolder
 from r1q.core.checkpoint import QuantizedCheckpoint
+from r1q.core.formats import parse_formats
 from r1q.core.mixtures import ModelShape
 from r1q.core.recipe import Recipe, resolve
+from r1q.models.embedded import OpenedModel
 from r1q.models.source import ModelSource
+from r1q.plan.choose import Wish, choose_recipe
+from r1q.plan.plan import make_plan
+from r1q.plan.walk import quantize_model
 from r1q.quantize.run import Request, quantize_checkpoint
 
 Floats = NDArray[np.float32]
@@ -86,3 +93,32 @@ def llama_logits() -> Callable[[Path, NDArray[np.int64]], Floats]:
             llama_cpp.llama_model_free(model)
 
     return logits
+
+
+Made = Callable[..., OutputFolder]
+MADE_SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 2, "vocab_size": 320}
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """Where sound outputs are kept, by what was asked: each is made once, and damaged as a copy."""
+    return tmp_path_factory.mktemp("originals"), {}
+
+
+@pytest.fixture
+def made(make_model: Callable[..., Path], tmp_path: Path, originals: tuple[Path, dict[str, Path]]) -> Made:
+    """Return `make(family, to="gguf", scheme=None, model=…, **wish)`: a fresh output folder of the real walk."""
+    root, kept = originals
+
+    def make(family: str, to: str = "gguf", scheme: str | None = None, model: Any = None, **wish: Any) -> OutputFolder:
+        key = repr((family, to, scheme, model, wish))
+        if key not in kept:
+            source, formats = ModelSource.open(make_model(family, **{**MADE_SIZES, **(model or {})})), parse_formats(to)
+            chosen = choose_recipe(Wish(formats=formats, **wish), source.tensors).recipe
+            plan = make_plan(source, Recipe.named(scheme) if scheme else chosen, formats)
+            list(quantize_model(OpenedModel(source), plan, OutputFolder(root / str(len(kept))), method="rtn"))
+            kept[key] = root / str(len(kept))
+        copy = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        return OutputFolder(Path(shutil.copytree(kept[key], copy)))
+
+    return make

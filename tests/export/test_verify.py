@@ -4,7 +4,6 @@ Files are damaged through gguf's own reader (offsets) or safetensors' own librar
 """
 
 import json
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,55 +13,13 @@ import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
 from r1q.core.artifact import OutputFolder
 from r1q.core.errors import CheckError, InputError
-from r1q.core.formats import parse_formats
-from r1q.core.recipe import Recipe
 from r1q.export.verified import Verified, refuse_failed
 from r1q.export.verify import verify_path
-from r1q.models.embedded import OpenedModel
-from r1q.models.source import ModelSource
-from r1q.plan.choose import Wish, choose_recipe
-from r1q.plan.plan import make_plan
-from r1q.plan.walk import quantize_model
-
-MakeModel = Callable[..., Path]
-SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 2, "vocab_size": 320}
-
 
 Made = Callable[..., OutputFolder]
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    """Where sound outputs are kept, by what was asked: each is made once, and damaged as a copy."""
-    return tmp_path_factory.mktemp("originals"), {}
-
-
-@pytest.fixture
-def made(make_model: MakeModel, tmp_path: Path, originals: tuple[Path, dict[str, Path]]) -> Made:
-    """Return `make(family, to="gguf", scheme=None, model=…, **wish)`: a fresh output folder of the real walk."""
-    root, kept = originals
-
-    def make(family: str, to: str = "gguf", scheme: str | None = None, model: Any = None, **wish: Any) -> OutputFolder:
-        key = repr((family, to, scheme, model, wish))
-        if key not in kept:
-            kept[key] = root / str(len(kept))
-            source, formats = ModelSource.open(make_model(family, **{**SIZES, **(model or {})})), parse_formats(to)
-            recipe = (
-                Recipe.named(scheme) if scheme else choose_recipe(Wish(formats=formats, **wish), source.tensors).recipe
-            )
-            list(
-                quantize_model(
-                    OpenedModel(source), make_plan(source, recipe, formats), OutputFolder(kept[key]), method="rtn"
-                )
-            )
-        copy = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
-        return OutputFolder(Path(shutil.copytree(kept[key], copy)))
-
-    return make
 
 
 def file_of(output: OutputFolder, format_name: str = "gguf") -> Path:
@@ -358,95 +315,3 @@ def test_what_a_path_means(made: Made, tmp_path: Path) -> None:
     for where in (output.path, output.checkpoint, path):
         with pytest.raises(InputError, match="unfinished"):
             list(verify_path(where))
-
-
-@pytest.mark.parametrize(
-    ("bits", "group"), [(2, 64), (3, 32), (4, 32), (4, 128), (8, 32), (8, -1)], ids=lambda value: str(value)
-)
-def test_a_gptq_folder_as_written_has_the_same_weights(made: Made, bits: int, group: int) -> None:
-    output = made("qwen2", to="gptq", bits=bits, group_size=group)
-    result = results_of(output.path, "gptq")
-    assert result.defects == ()
-    assert result.tensors == 27
-    assert result.files == 6
-    (line,) = [line for line in result.notes if line.startswith("embedding and head")]
-    tensors = load_file(output.path / "gptq" / "model.safetensors")
-    embedding = tensors["model.embed_tokens.weight"].astype(np.float32)
-    # A value d·q of q8_0 is rounded to the nearest float16: half a step of its 11 bits at most.
-    said = float(line.rsplit(maxsplit=1)[1])
-    assert 0 < said <= np.abs(embedding).max() * 2.0**-11
-    assert line == f"embedding and head: 8-bit values rounded to float16, by up to {said:.2g}"
-
-
-def damage_gptq(output: OutputFolder, name: str, change: Callable[[NDArray[Any]], None]) -> None:
-    path = output.path / "gptq" / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors[name])
-    save_file(tensors, path, metadata={"format": "pt"})
-    relist(output, "gptq")
-
-
-def xor(word: int, bit: int) -> Callable[[NDArray[Any]], None]:
-    def change(values: NDArray[Any]) -> None:
-        values.reshape(-1).view(f"u{values.dtype.itemsize}")[word] ^= 1 << bit
-
-    return change
-
-
-LAYER = "model.layers.1.self_attn.k_proj"
-
-
-@pytest.mark.parametrize(
-    ("name", "where", "said"),
-    [
-        (f"{LAYER}.qweight", f"{LAYER}.weight", "1 code differs"),
-        (f"{LAYER}.scales", f"{LAYER}.weight", "1 stored scale differs"),
-        (f"{LAYER}.qzeros", f"{LAYER}.weight", "zeros or g_idx"),
-        (f"{LAYER}.g_idx", f"{LAYER}.weight", "zeros or g_idx"),
-        (f"{LAYER}.bias", f"{LAYER}.bias", "1 value differs"),
-        ("model.norm.weight", "model.norm.weight", "1 value differs"),
-        ("model.embed_tokens.weight", "model.embed_tokens.weight", "1 value differs"),
-    ],
-)
-def test_one_flipped_bit_of_a_gptq_folder_is_found(made: Made, name: str, where: str, said: str) -> None:
-    output = made("qwen2", to="gptq", bits=4)
-    damage_gptq(output, name, xor(5, 0))
-    found, what, difference = only_defect(output.path, "gptq")
-    assert found == where
-    assert said in what
-    assert difference is not None
-    assert difference > 0
-
-
-def test_swapped_rows_of_a_gptq_folder_are_found(made: Made) -> None:
-    output = made("llama", to="gptq", bits=4)
-
-    def swap(values: NDArray[Any]) -> None:
-        values[:, [3, 4]] = values[:, [4, 3]]
-
-    damage_gptq(output, f"{LAYER}.qweight", swap)
-    assert only_defect(output.path, "gptq")[0] == f"{LAYER}.weight"
-
-
-def test_what_stands_beside_a_gptq_folders_weights_is_checked(made: Made) -> None:
-    output = made("llama", to="gptq", bits=4)
-    folder = output.path / "gptq"
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["desc_act"] = 0  # equal to False, and not the same to a loader that asks `is`
-    config["rms_norm_eps"] = 1e-5
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "generation_config.json").unlink()
-    relist(output, "gptq")
-    (folder / "notes.txt").write_text("mine")
-    result = results_of(output.path, "gptq")
-    assert [str(defect) for defect in result.defects] == [
-        "config.json: quantization_config.desc_act: is 0, the weights are False",
-        "config.json: rms_norm_eps: is 1e-05, the model's own says 1e-06",
-        "generation_config.json: is missing",
-        "tokenizer.json: is not byte for byte the model's own",
-    ]
-    assert "notes.txt is not in artifacts.json and was not checked" in result.notes
-    (folder / "config.json").write_text("[")
-    with pytest.raises(InputError, match="cannot be read as JSON"):
-        refuse_failed(list(verify_path(output.path)))
