@@ -9,6 +9,7 @@ import click
 
 from r1q import __version__
 from r1q.core.errors import R1qError
+from r1q.core.untrusted import printable
 
 OUTPUT_ROOT = Path("r1q-out")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -18,7 +19,7 @@ class _Refusal(click.ClickException):
     """One line on stderr and the exit code of the error."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.exit_code: int = exit_code  # type: ignore[misc]  # click declares it on the class
 
 
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.argument("model", required=False)
 @click.option("--bits", type=int, metavar="N", help="Bits per weight: 2, 3, 4 (default), 5, 6 or 8.")
 @click.option(
     "--scheme",
@@ -69,6 +70,9 @@ def main() -> None:
     "--method", type=click.Choice(["rtn"]), default="rtn", show_default=True, help="rtn: round to nearest, no data."
 )
 @click.option(
+    "--imatrix", type=click.Path(path_type=Path), help="Importance matrix of llama-imatrix to weigh errors by."
+)
+@click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Output folder. [default: r1q-out/<model>-<scheme>]"
 )
 @click.option(
@@ -77,13 +81,14 @@ def main() -> None:
 @click.option("--strict", is_flag=True, help="Refuse instead of falling back where rows do not fit a grid.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress; only errors and the result's path.")
 def quantize(
-    model: Path | None,
+    model: str | None,
     bits: int | None,
     scheme: str | None,
     formats: str,
     group_size: int | None,
     asymmetric: bool,
     method: str,
+    imatrix: Path | None,
     output: Path | None,
     dry_run: bool,
     strict: bool,
@@ -91,14 +96,16 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a file that runs here.
 
-    MODEL is a Hugging Face checkpoint folder (safetensors) of a Llama or Qwen2 model: DeepSeek-R1's distills and their like.
-    Without MODEL the small embedded model is taken. The command can be killed at any moment: run it again and it goes on.
+    MODEL is a Hugging Face checkpoint folder (safetensors) of a Llama, Qwen2 or Qwen3 model (DeepSeek-R1's distills and their like),
+    or a hub id, org/name or org/name@revision, which is downloaded. Without MODEL the small embedded model is taken.
+    The command can be killed at any moment: run it again and it goes on.
 
     \b
     Examples:
       r1q quantize --bits 4
       r1q quantize ./DeepSeek-R1-Distill-Qwen-1.5B --scheme q4_k_m
       r1q quantize ./model --scheme bf16 -o reference
+      r1q quantize deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --bits 4 --to gguf,gptq
 
     A recipe file is TOML: base = "q4_k_m" and [[rules]] of tensors = "*.ffn_down.weight", grid = "q6_k".
     """
@@ -114,17 +121,17 @@ def quantize(
     wish = Wish(
         bits=bits, scheme=scheme, group_size=group_size, symmetric=not asymmetric, formats=parse_formats(formats)
     )
-    source = open_model(model)
-    choice = choose_recipe(wish, source.tensors)
+    opened = open_model(model, progress=not quiet)
+    choice = choose_recipe(wish, opened.source.tensors)
     console.print(choice.reason, highlight=False)
-    plan = make_plan(source, choice.recipe, wish.formats)
+    plan = make_plan(opened.source, choice.recipe, wish.formats, imatrix)
     show_plan(console, plan)
     if strict and plan.fallbacks:
         raise click.UsageError(f"--strict: {plan.fallback_lines()[0]}")
     folder = output or OUTPUT_ROOT / f"{plan.model}-{plan.recipe.name}"
     if dry_run:
         return
-    events = quantize_model(source, plan, OutputFolder(folder), method=method)
+    events = quantize_model(opened, plan, OutputFolder(folder), method=method)
     for path in show_run(console, events, plan):
         if quiet:
             click.echo(str(path))
@@ -194,10 +201,78 @@ def _default_artifact(quiet: bool) -> Path:
 
     newest = newest_output(OUTPUT_ROOT)
     if newest is None:
-        source = open_model(None)
-        plan = make_plan(source, choose_recipe(Wish(), source.tensors).recipe, ("gguf",))
+        opened = open_model(None)
+        plan = make_plan(opened.source, choose_recipe(Wish(), opened.source.tensors).recipe, ("gguf",))
         newest = OUTPUT_ROOT / f"{plan.model}-{plan.recipe.name}"
-        for _ in quantize_model(source, plan, OutputFolder(newest), method="rtn"):
+        for _ in quantize_model(opened, plan, OutputFolder(newest), method="rtn"):
             pass
     click.echo(f"benching {newest}", err=True)
     return newest
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--to", "formats", required=True, metavar="FORMAT,…", help="gguf, gptq, or both.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder. [default: beside the checkpoint]")
+def export(checkpoint: Path, formats: str, output: Path | None) -> None:
+    """Write another format from CHECKPOINT, a folder that `r1q quantize` made: codes are copied, never made again."""
+    from r1q.core.formats import parse_formats
+    from r1q.plan.reexport import reexport
+    from r1q.plan.render import make_console, show_exported
+
+    for result in reexport(checkpoint, parse_formats(formats), output):
+        show_exported(make_console(quiet=False), result)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, on stdout.")
+def verify(path: Path, as_json: bool) -> None:
+    """Prove that PATH (an output folder or an artifact in it) is whole and holds its checkpoint's weights, every one."""
+    from r1q.export.verified import refuse_failed
+    from r1q.export.verify import verify_path
+
+    results = []
+    for result in verify_path(path):
+        results.append(result)
+        click.echo(result.json() if as_json else result.text())
+    refuse_failed(results)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--template", is_flag=True, help="Show the chat template whole.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object, on stdout.")
+def inspect(path: Path, tensors: bool, template: bool, as_json: bool) -> None:
+    """Say what PATH is: any GGUF or safetensors file, Hugging Face or GPTQ folder, or r1q's own. Reads no weights."""
+    import json
+
+    from r1q.plan.inspect import inspect_path
+    from r1q.plan.render import make_console
+    from r1q.plan.render_inspect import show_inspection
+
+    found = inspect_path(path)
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+    else:
+        show_inspection(make_console(quiet=False), found, tensors=tensors, template=template)
+
+
+@main.command()
+@click.option("--gpu", is_flag=True, help="Ask torch too which GPUs it sees (imports it, in a process of its own).")
+@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object, on stdout.")
+def doctor(gpu: bool, as_json: bool) -> None:
+    """Say what is installed and what this machine has: runtimes and how to get them, versions, CPU, memory, disk."""
+    import json
+
+    from r1q.plan.doctor import examine, refuse_unusable
+    from r1q.plan.render import make_console
+    from r1q.plan.render_doctor import show_diagnosis
+
+    found = examine(Path.cwd(), gpu=gpu)
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+    else:
+        show_diagnosis(make_console(quiet=False), found)
+    refuse_unusable(found)

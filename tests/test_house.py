@@ -9,13 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("core", "models", "quantize", "export", "runtimes", "plan", "benchmarks")
-TORCH_ALLOWED = ("models/forward", "models/train_tiny", "models/attention", "models/layers", "runtimes/torch.py")
-SOURCES = sorted(
-    path
-    for room in (*ROOMS, "tests")
-    for path in (ROOT / room).rglob("*.py")
-    if "peers" not in path.parts and "__pycache__" not in path.parts
-) + [ROOT / "cli.py"]
+TORCH_ALLOWED = ("models/", "runtimes/torch.py")
+FOUND = (path for room in (*ROOMS, "tests") for path in sorted((ROOT / room).rglob("*.py")))
+SOURCES = [ROOT / "cli.py", *(path for path in FOUND if not {"peers", "__pycache__"} & set(path.parts))]
 
 
 def test_every_room_is_linked_into_the_import_name() -> None:
@@ -35,7 +31,9 @@ def test_files_and_functions_stay_small(path: Path) -> None:
     assert text.count("\n") <= (300 if path.name == "cli.py" else 400)
     assert ast.get_docstring(tree), "a file says in its first line which idea it is"
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    long = [f"{f.name}: {f.end_lineno - f.lineno + 1}" for f in functions if f.end_lineno and f.end_lineno - f.lineno >= 60]
+    long = [
+        f"{f.name}: {f.end_lineno - f.lineno + 1}" for f in functions if f.end_lineno and f.end_lineno - f.lineno >= 60
+    ]
     assert not long
 
 
@@ -72,11 +70,19 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_quantizing_without_statistics_needs_no_torch() -> None:
+    code = "import sys, r1q.plan.walk, r1q.export.gguf, r1q.quantize.grids; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_everything_imported_is_declared() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
     modules = {name.split(">")[0].split("[")[0].strip().replace("-", "_").lower() for name in wanted}
     modules = {{"llama_cpp_python": "llama_cpp"}.get(name, name) for name in modules}
     imported = set().union(*(_imports(path) for path in SOURCES))

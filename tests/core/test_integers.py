@@ -46,7 +46,10 @@ def test_a_stored_row_comes_back(grid: str, group: int, symmetric: bool) -> None
 
 def test_values_by_hand() -> None:
     scheme = Scheme(grid="int4", group_size=2, symmetric=False)
-    params = {"scales": np.array([[0.5, 2.0]], np.float16), "zeros": np.array([[3, 15]], np.uint8)}
+    params: dict[str, np.ndarray] = {
+        "scales": np.array([[0.5, 2.0]], np.float16),
+        "zeros": np.array([[3, 15]], np.uint8),
+    }
     tensor = QuantizedTensor(scheme=scheme, codes=np.array([[0, 4, 15, 14]], np.uint8), params=params)
     assert tensor.dequantize().tolist() == [[-1.5, 0.5, 0.0, -2.0]]
     middle = QuantizedTensor(

@@ -95,7 +95,8 @@ def test_biases_and_norms_are_half_floats(make_model: MakeModel, tmp_path: Path)
 
 def test_what_the_folder_cannot_hold_is_refused_with_the_way_out(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model("llama", **SIZES)
-    for number, wish in enumerate([{"scheme": "q4_1"}, {"bits": 4, "symmetric": False}]):
+    wishes: list[dict[str, object]] = [{"scheme": "q4_1"}, {"bits": 4, "symmetric": False}]
+    for number, wish in enumerate(wishes):
         with pytest.raises(UsageError, match="it holds symmetric integers: --bits 4"):
             write_gptq(quantized(model, tmp_path / str(number), **wish), tmp_path / f"out{number}")
         assert not (tmp_path / f"out{number}").exists()
