@@ -16,7 +16,8 @@ from r1q.benchmarks.run import Event
 def show_bench(events: Iterator[Event | BenchResult], *, as_json: bool, quiet: bool) -> int:
     """Consume a bench, show its results, and return the exit code: that of the worst failure among them."""
     results: list[BenchResult] = []
-    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
+    screen = Console(stderr=True)
+    with Progress(console=screen, transient=True, disable=quiet or not screen.is_terminal) as progress:
         task = progress.add_task("bench", total=None)
         for event in events:
             if isinstance(event, Event):

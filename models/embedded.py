@@ -9,6 +9,7 @@ from pathlib import Path
 from r1q.models.source import ModelSource
 
 EMBEDDED = Path(__file__).resolve().parent / "tiny_r1"
+NAME = "tiny-r1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ def open_model(model: str | None, *, progress: bool = False) -> OpenedModel:
     Raises `InputError` for what cannot be opened, `MissingError` where the hub cannot be reached.
     """
     if model is None:
-        return OpenedModel(ModelSource.open(EMBEDDED))
+        return OpenedModel(ModelSource.open(EMBEDDED, NAME))
     from r1q.models.hub import find_model
 
     found = find_model(model, progress=progress)

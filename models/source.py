@@ -54,8 +54,8 @@ class ModelSource:
         self._files = files
 
     @classmethod
-    def open(cls, path: Path) -> ModelSource:
-        """Open the checkpoint folder `path`, checking every header against the config.
+    def open(cls, path: Path, name: str | None = None) -> ModelSource:
+        """Open the checkpoint folder `path`, checking every header against the config; `name` is the model's, else the folder's.
 
         Raises `InputError` naming the file or tensor: no folder, no config, an unsupported architecture, pickled weights only,
         a missing or damaged shard, a link that leaves the folder, tensors missing, unexpected or of another shape.
@@ -67,7 +67,7 @@ class ModelSource:
             )
         for sidecar in _sidecars(path):
             contained(path, sidecar.name)
-        config = ModelConfig.read(path)
+        config = ModelConfig.read(path, name)
         files = _open_files(path)
         headers: dict[str, Entry] = {name: file.tensors[name] for name, file in files.items()}
         source = cls(path, config, tensor_specs(config, headers, str(path)), files)

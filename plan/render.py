@@ -41,7 +41,7 @@ def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -
     )
     results: list[Exported] = []
     kept = 0
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("quantize", total=len(plan.tensors))
         for event in events:
             if isinstance(event, Exported):
