@@ -45,7 +45,7 @@ def _inspect_folder(path: Path) -> Inspection:
         return _inspect_checkpoint(path, path, ())
     if (path / CHECKPOINT).is_dir() and ((path / CHECKPOINT / JOB).is_file() or (path / ARTIFACTS).is_file()):
         return _inspect_checkpoint(path, path / CHECKPOINT, tuple(_artifact_lines(OutputFolder(path))))
-    if any(path.glob("*.safetensors")) or (path / INDEX).is_file():
+    if list(path.glob("*.safetensors")) or (path / INDEX).is_file():
         return inspect_folder(path)
     artifacts = sorted(path.glob("*.gguf"))
     artifacts += [path / a.name for a in OutputFolder(path).listed().values() if (path / a.name).is_dir()]

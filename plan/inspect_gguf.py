@@ -46,7 +46,7 @@ def inspect_gguf(path: Path) -> Inspection:
     )
     return Inspection(
         path=path,
-        format=f"gguf (version {file.version}{_stated_type(file)})",
+        format=f"gguf (version {file.version}{', ' * bool(_stated_type(file))}{_stated_type(file)})",
         model=_facts(file),
         tensors=rows,
         file_bytes=path.stat().st_size,
@@ -74,13 +74,13 @@ def _facts(file: GgufFile) -> ModelFacts:
 
 
 def _stated_type(file: GgufFile) -> str:
-    """Return the preset that a file says it was made with, as llama.cpp names its number."""
+    """Return the preset that a file says it was made with, as llama.cpp names its number; empty where it does not say."""
     from gguf import LlamaFileType
 
     stated = file.metadata.get("general.file_type")
     if not isinstance(stated, int) or stated not in set(LlamaFileType):
         return ""
-    return ", " + str(LlamaFileType(stated).name).removeprefix("MOSTLY_").removeprefix("ALL_").lower()
+    return str(LlamaFileType(stated).name).removeprefix("MOSTLY_").removeprefix("ALL_").lower()
 
 
 def _shown(value: Value) -> Shown:
@@ -96,8 +96,11 @@ def _shown(value: Value) -> Shown:
 def _made_by(file: GgufFile) -> Iterator[str]:
     metadata = file.metadata
     if "r1q.version" in metadata:
-        recipe = f", recipe {metadata['r1q.recipe']}" if "r1q.recipe" in metadata else ""
-        yield f"r1q {metadata['r1q.version']}{recipe}"
+        recipe, stated = metadata.get("r1q.recipe"), _stated_type(file)
+        # Tools that quantize a file again keep its keys, and change its type.
+        again = recipe in FILE_TYPES and FILE_TYPES[str(recipe)] != metadata.get("general.file_type")
+        wrote = f"r1q {metadata['r1q.version']}" + (f", recipe {recipe}" if recipe else "")
+        yield f"another tool, from a file of {wrote}: it is {stated or 'of another type'} now" if again else wrote
     for key, word in _MAKERS.items():
         if key in metadata:
             yield f"{word} {metadata[key]}"

@@ -24,9 +24,9 @@ def show_inspection(console: Console, found: Inspection, *, tensors: bool = Fals
     parts: list[RenderableType] = [
         Text(printable(found.path.resolve().name or str(found.path)), style="bold"),
         _facts(found, template),
-        Text(),
-        _grids(found),
     ]
+    if found.tensors:
+        parts += [Text(), _grids(found)]
     if tensors:
         parts += [Text(), _tensors(found)]
     if found.metadata:

@@ -173,6 +173,17 @@ def test_our_own_gguf_says_who_made_it_and_what_fell_back(make_model: MakeModel,
     assert f"r1q {__version__} from {model.name}, recipe q4_k_m, method rtn, no calibration data" in whole.made_by
 
 
+def test_a_file_quantized_again_by_another_tool_is_not_called_ours(make_model: MakeModel, tmp_path: Path) -> None:
+    output = quantized(make_model("llama", **SIZES), tmp_path / "out", "gguf", "bf16")
+    path = output.path / output.artifacts()["gguf"].name
+    offset = gguf.GGUFReader(path).fields["general.file_type"].offset + 8 + len("general.file_type") + 4
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 4] = (15).to_bytes(4, "little")
+    path.write_bytes(data)
+    expected = f"another tool, from a file of r1q {__version__}, recipe bf16: it is q4_k_m now"
+    assert inspect_path(path).made_by[0] == expected
+
+
 def manifest(output: OutputFolder) -> Any:
     return json.loads((output.checkpoint / "manifest.json").read_text())
 
