@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,42 +149,23 @@ def test_a_model_that_is_neither_folder_nor_id(tmp_path: Path) -> None:
     refused(run("quantize", tmp_path / "none" / "at" / "all"), 3, "neither a folder nor a hub id")
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Return a function that mounts a file system of its own with the given options."""
-    mounted: list[Path] = []
-
-    def mount(options: str) -> Path:
-        folder = tmp_path / f"disk{len(mounted)}"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("mounting a tmpfs is not allowed here")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def test_a_read_only_folder(make_model: MakeModel, tiny_disk: Callable[[str], Path]) -> None:
-    disk = tiny_disk("size=64m,ro")
+def test_a_read_only_folder(make_model: MakeModel, mount_disk: Callable[[str], Path]) -> None:
+    disk = mount_disk("size=64m,ro")
     refused(run("quantize", make_model("llama", **SIZES), "-o", disk / "out"), 2, "Read-only", "choose another folder")
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_work(
-    make_model: MakeModel, tiny_disk: Callable[[str], Path]
+    make_model: MakeModel, mount_disk: Callable[[str], Path]
 ) -> None:
-    disk = tiny_disk("size=1m")
+    disk = mount_disk("size=1m")
     refused(run("quantize", make_model("llama", **SIZES), "-o", disk / "out"), 5, "MB free")
     assert not (disk / "out").exists()
 
 
 def test_a_disk_that_fills_up_leaves_the_artifact_before_it(
-    make_model: MakeModel, tiny_disk: Callable[[str], Path]
+    make_model: MakeModel, mount_disk: Callable[[str], Path]
 ) -> None:
-    disk = tiny_disk("size=24m")
+    disk = mount_disk("size=24m")
     model = make_model("llama", **SIZES)
     assert run("quantize", model, "--scheme", "q8_0", "-o", disk / "out").exit_code == 0
     artifact = next((disk / "out").glob("*.gguf"))
