@@ -45,6 +45,7 @@ def write_gptq(checkpoint: QuantizedCheckpoint, folder: Path) -> Path:
     """
     records = checkpoint.records.values()
     scheme = gptq_scheme(PlannedTensor(spec=r.spec, scheme=r.scheme, wanted=r.wanted) for r in records)
+    entries = [entry for spec in checkpoint.tensors for entry in _entries(spec, scheme)]
     out = folder / FOLDER
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,6 @@ def write_gptq(checkpoint: QuantizedCheckpoint, folder: Path) -> Path:
         if path.name != CONFIG:
             with atomic_path(out / path.name) as temporary:
                 shutil.copyfile(path, temporary)
-    entries = [entry for spec in checkpoint.tensors for entry in _entries(spec, scheme)]
     pieces = (piece for spec in checkpoint.tensors for piece in _pieces(checkpoint, spec, scheme))
     write_safetensors(out / WEIGHTS, entries, pieces, metadata={"format": "pt"})
     quantization = quantization_config(scheme)

@@ -98,6 +98,15 @@ def test_export_refuses_what_a_format_cannot_hold_before_it_writes(make_model: M
     assert not (tmp_path / "new").exists()
 
 
+def test_export_refuses_words_that_do_not_fill_before_it_writes(make_model: MakeModel, tmp_path: Path) -> None:
+    # Three bits of 48 outputs are no whole 32-bit words; GGUF has no 3-bit integers, so only the checkpoint is made.
+    model = make_model("qwen2", hidden_size=96, num_heads=8, num_kv_heads=4, head_dim=12, intermediate_size=96)
+    made = r1q("quantize", model, "--bits", "3", "--group-size", "32", "--to", "checkpoint", "-o", tmp_path / "out")
+    assert made.exit_code == 0, made.output
+    assert "32-bit words of a GPTQ folder" in refused(r1q("export", tmp_path / "out", "--to", "gptq"), 3)
+    assert not (tmp_path / "out" / "gptq").exists()
+
+
 def test_export_of_what_is_no_checkpoint(output: Path, tmp_path: Path, make_model: MakeModel) -> None:
     assert "r1q quantize makes one" in refused(r1q("export", tmp_path / "gone", "--to", "gguf"), 3)
     assert "r1q quantize makes one" in refused(r1q("export", make_model("llama"), "--to", "gguf"), 3)
