@@ -15,7 +15,7 @@ from pathlib import Path
 
 from r1q.core.checkpoint import JOB, MANIFEST, QuantizedCheckpoint
 from r1q.core.errors import InputError, UsageError
-from r1q.core.files import TEMP_PREFIX, sha256_file, write_json
+from r1q.core.files import TEMP_PREFIX, is_bare_name, sha256_file, write_json
 
 ARTIFACTS, CHECKPOINT, WHERE = "artifacts.json", "checkpoint", "where.json"
 
@@ -77,10 +77,19 @@ class OutputFolder:
                 for fmt, entry in value.items()
             }
             names = [name for entry in found.values() for name in (entry.name, *entry.files)]
-            outside = [name for name in names if Path(name).name != name or name in ("", "..")]
+            outside = [name for name in names if not is_bare_name(name)]
+            texts = [
+                text
+                for entry in found.values()
+                for text in (*entry.files.values(), *entry.notes, entry.manifest_sha256)
+            ]
+            if not all(type(a.bytes) is int for a in found.values()) or not all(
+                isinstance(text, str) for text in texts
+            ):
+                raise TypeError("a size is not a number, or a hash or note not text")
         except FileNotFoundError:
             return {}
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise InputError(f"{path} is damaged ({error}); delete it and run r1q quantize again") from error
         if outside:
             raise InputError(f"{path} names a file outside its folder; delete it and run r1q quantize again")

@@ -13,14 +13,15 @@ A block file holds each tensor as stored rows: float grids under their own dtype
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from r1q.core.errors import InputError
-from r1q.core.files import sha256_file
+from r1q.core.errors import InputError, UsageError
+from r1q.core.files import is_bare_name, sha256_file
 from r1q.core.grids import Bytes, bytes_to_floats, unpack
 from r1q.core.qtensor import Floats, QuantizedTensor
 from r1q.core.recipe import PlannedTensor
@@ -59,17 +60,23 @@ class TensorRecord:
     def from_dict(cls, value: Mapping[str, object]) -> TensorRecord:
         """Read a record back. Raises `KeyError`, `TypeError` or `ValueError` for a record that is not one."""
         layer, shape, group = value["layer"], value["shape"], value["group_size"]
-        if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape):
+        if not isinstance(shape, list) or not shape or not all(type(side) is int and side > 0 for side in shape):
             raise ValueError("shape is not a list of lengths")
         if not (layer is None or type(layer) is int) or not (group is None or type(group) is int):
             raise ValueError("layer or group_size is not a number")
         file, error = _text(value, "file"), value["error"]
-        if not isinstance(error, float | int) or "/" in file or "\\" in file or file.startswith("."):
-            raise ValueError("file or error is not what a record holds")
+        if not is_bare_name(file) or file.startswith("."):
+            raise ValueError("file is not the name of a block file")
+        if not isinstance(error, float | int) or not 0 <= error <= sys.float_info.max:
+            raise ValueError("error is not a number")
         texts = {key: _text(value, key) for key in ("name", "kind", "part", "dtype")}
+        try:
+            scheme = Scheme(grid=_text(value, "grid"), group_size=group, symmetric=value["symmetric"] is True)
+        except UsageError as unknown:
+            raise ValueError(str(unknown)) from unknown
         return cls(
             spec=TensorSpec(layer=layer, shape=tuple(shape), **texts),
-            scheme=Scheme(grid=_text(value, "grid"), group_size=group, symmetric=value["symmetric"] is True),
+            scheme=scheme,
             wanted=_text(value, "wanted"),
             file=file,
             sha256=_text(value, "sha256"),
@@ -116,7 +123,7 @@ class QuantizedCheckpoint:
             if manifest["format"] != FORMAT_VERSION:
                 raise InputError(f"{path} has format {manifest['format']}; this r1q reads {FORMAT_VERSION}")
             records = [TensorRecord.from_dict(value) for value in manifest["tensors"]]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{manifest_path} is damaged ({error}); quantize again") from error
         return cls(path, manifest, {record.spec.name: record for record in records})
 
@@ -158,7 +165,8 @@ class QuantizedCheckpoint:
         file = self._file(record.file)
         entry = file.tensors.get(name)
         row_bytes = record.scheme.row_bytes(record.spec.columns)
-        if entry is None or entry.stop - entry.start != record.spec.rows * row_bytes:
+        planned = PlannedTensor(spec=record.spec, scheme=record.scheme, wanted=record.wanted)
+        if entry is None or (entry.dtype, entry.shape) != stored_entry(planned)[1:]:
             raise InputError(
                 f"{self.path / record.file}: tensor {name} is missing or has another size than the manifest says"
             )

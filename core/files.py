@@ -20,6 +20,7 @@ from r1q.core.errors import R1qError, ResourceError, UsageError
 
 TEMP_PREFIX = ".r1q-tmp-"
 _HASH_CHUNK = 1 << 22
+_LONGEST_NAME = 255  # bytes, on every usual file system
 
 
 def explain_os_error(error: OSError, path: Path) -> R1qError:
@@ -31,6 +32,15 @@ def explain_os_error(error: OSError, path: Path) -> R1qError:
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         return UsageError(f"cannot write {path}: {os.strerror(error.errno)}; choose another folder with -o")
     return ResourceError(f"cannot write {path}: {error.strerror or error}")
+
+
+def is_bare_name(name: str) -> bool:
+    """Return whether `name`, read from a file, can only mean a file that lies directly in a folder."""
+    try:
+        raw = name.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and no file name can
+        return False
+    return 0 < len(raw) <= _LONGEST_NAME and name not in (".", "..") and not any(c in name for c in "/\\\0")
 
 
 @contextlib.contextmanager

@@ -34,6 +34,9 @@ class Imatrix:
 def read_imatrix(path: Path) -> Imatrix:
     """Read a file of llama-imatrix, of either form. Raises `InputError` with the file, the entry and the defect."""
     try:
+        if path.exists() and not path.is_file():
+            # A pipe would wait for ever, and a device never end.
+            raise InputError(f"cannot read {path}: not a regular file")
         size = path.stat().st_size
         with open(path, "rb") as file:
             magic = file.read(4)
@@ -55,24 +58,30 @@ def _from_gguf(path: Path) -> tuple[dict[str, Floats], int]:
     file = GgufFile.open(path)
     if file.metadata.get("general.type") != "imatrix":
         raise InputError(f"{path} is a GGUF file of another kind, not an importance matrix")
-    found: dict[str, Floats] = {}
-    for name, tensor in file.tensors.items():
-        if not name.endswith(_SUM):
-            continue
-        stem = name.removesuffix(_SUM)
-        counts_tensor = file.tensors.get(stem + _COUNT)
-        if counts_tensor is None or tensor.type != "f32" or counts_tensor.type != "f32":
-            raise InputError(f"{path}: {stem} lacks its counts, or they are not float32; {_MEND}")
-        sums = file.read_bytes(name).view("<f4").reshape(-1, tensor.shape[-1])
-        counts = file.read_bytes(stem + _COUNT).view("<f4").reshape(-1)
-        if len(counts) != len(sums):
-            raise InputError(f"{path}: {stem} has {len(sums)} rows of sums and {len(counts)} counts; {_MEND}")
-        if len(sums) != 1:
-            raise InputError(f"{path}: {stem} is of {len(sums)} experts; mixtures of experts are not supported")
-        # An entry without any token says nothing: llama.cpp weighs its columns alike.
-        found[stem] = (sums[0] / counts[0]).astype(np.float32) if counts[0] > 0 else np.ones(sums.shape[1], np.float32)
+    stems = [name.removesuffix(end) for name in file.tensors for end in (_SUM, _COUNT) if name.endswith(end)]
     chunks = file.metadata.get("imatrix.chunk_count", 0)
-    return found, chunks if isinstance(chunks, int) else 0
+    return {stem: _gguf_entry(file, stem) for stem in dict.fromkeys(stems)}, chunks if isinstance(chunks, int) else 0
+
+
+def _gguf_entry(file: GgufFile, stem: str) -> Floats:
+    sums_at, counts_at = file.tensors.get(stem + _SUM), file.tensors.get(stem + _COUNT)
+    if sums_at is None or counts_at is None or not sums_at.type == counts_at.type == "f32":
+        raise InputError(f"{file.path}: {stem} lacks its sums or its counts, or they are not float32; {_MEND}")
+    sums, counts = (file.read_bytes(stem + end).view("<f4") for end in (_SUM, _COUNT))
+    if len(counts) != sums_at.rows:
+        raise InputError(f"{file.path}: {stem} has {sums_at.rows} rows of sums and {len(counts)} counts; {_MEND}")
+    if len(counts) != 1:
+        raise InputError(f"{file.path}: {stem} is of {len(counts)} experts; mixtures of experts are not supported")
+    count = float(counts[0])
+    if not (count >= 0 and count.is_integer()):
+        raise InputError(f"{file.path}: {stem} has seen {count:g} tokens, which is no count; {_MEND}")
+    # An entry without any token says nothing: llama.cpp weighs its columns alike.
+    return _divided(sums, count) if count else np.ones(len(sums), np.float32)
+
+
+def _divided(sums: Floats, count: float) -> Floats:
+    with np.errstate(all="ignore"):  # what overflows, or was NaN, is refused with the entry's name
+        return (sums / np.float32(count)).astype(np.float32)
 
 
 def _from_legacy(path: Path, data: bytes) -> tuple[dict[str, Floats], int]:
@@ -95,7 +104,7 @@ def _legacy_entries(cursor: _Cursor, entries: int) -> Iterator[tuple[str, Floats
         calls = cursor.integer(f"calls of {name}", 0, 1 << 30)
         columns = cursor.integer(f"columns of {name}", 1, _MAX_COLUMNS)
         values = np.frombuffer(cursor.take(4 * columns), "<f4").astype(np.float32)
-        yield name, values / np.float32(calls) if calls > 0 else values
+        yield name, _divided(values, calls) if calls else values
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from r1q.core.checkpoint import JOB, JOURNAL, TensorRecord
 from r1q.core.errors import UsageError
-from r1q.core.files import explain_os_error, json_bytes, sha256_file, write_json
+from r1q.core.files import explain_os_error, is_bare_name, json_bytes, sha256_file, write_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ def open_job(folder: Path, job: Mapping[str, object]) -> None:
     try:
         before = json.loads(stored)
         differs = sorted(key for key in {*before, *job} if before.get(key) != json.loads(json_bytes(job)).get(key))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         differs = ["job.json is damaged"]
     raise UsageError(
         f"{folder} holds another job (different: {', '.join(differs)}); choose another folder with -o or delete it"
@@ -76,6 +76,7 @@ def _parse(line: bytes) -> FinishedFile | None:
     try:
         value = json.loads(line)
         records = tuple(TensorRecord.from_dict(record) for record in value["tensors"])
-        return FinishedFile(file=str(value["file"]), sha256=str(value["sha256"]), records=records)
-    except (ValueError, KeyError, TypeError):
+        entry = FinishedFile(file=str(value["file"]), sha256=str(value["sha256"]), records=records)
+        return entry if is_bare_name(entry.file) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1q.core.errors import InputError, UsageError, unknown_name
+from r1q.core.files import is_bare_name
 from r1q.core.mixtures import MIXTURES, ModelShape, fallback_grid, mixture_grid
 from r1q.core.scheme import FLOAT_GRIDS, GGML_GRIDS, GRIDS, INT_GRIDS, WHOLE_ROW, Scheme
 from r1q.core.tensors import TensorSpec
@@ -17,6 +18,7 @@ from r1q.core.tensors import TensorSpec
 BITS_PRESETS: Mapping[int, str] = {2: "q2_k", 3: "q3_k_m", 4: "q4_k_m", 5: "q5_k_m", 6: "q6_k", 8: "q8_0"}
 PRESETS = (*MIXTURES, *FLOAT_GRIDS)
 _MAX_RECIPE_BYTES = 1 << 20
+_LONGEST_NAME = 100  # characters: it becomes a part of file names
 _INTEGER_KEYS = ("group_size", "symmetric")
 
 
@@ -66,11 +68,12 @@ class Recipe:
                 text = file.read(_MAX_RECIPE_BYTES + 1)
             if len(text) > _MAX_RECIPE_BYTES:
                 raise InputError(f"{path} is larger than a recipe can be ({_MAX_RECIPE_BYTES} bytes)")
-            return cls.from_dict(tomllib.loads(text.decode()), default_name=path.stem, where=str(path))
+            value = tomllib.loads(text.decode())
         except FileNotFoundError:
             raise UsageError(f"no recipe file {path}; presets are {', '.join(PRESETS)}") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
             raise InputError(f"{path} is not a readable TOML recipe: {error}") from error
+        return cls.from_dict(value, default_name=path.stem, where=str(path))
 
     @classmethod
     def from_dict(cls, value: Mapping[str, object], *, default_name: str, where: str) -> Recipe:
@@ -84,7 +87,7 @@ class Recipe:
         if unknown:
             raise InputError(f"{where}: unknown key {sorted(unknown)[0]!r}; a recipe has name, base and rules")
         name, base, rules = value.get("name", default_name), value.get("base"), value.get("rules", [])
-        if not isinstance(name, str) or not name or "/" in name:
+        if not isinstance(name, str) or not is_bare_name(name) or not name.isprintable() or len(name) > _LONGEST_NAME:
             raise InputError(f"{where}: name must be a word that a file can carry")
         if not isinstance(base, str):
             raise InputError(f"{where}: base is missing; name a preset or grid for the tensors that no rule matches")
@@ -93,7 +96,12 @@ class Recipe:
         found = tuple(_rule(rule, where) for rule in rules)
         if base in INT_GRIDS:
             return cls(name=name, base=_scheme(base, value, where), rules=found)
-        return replace(cls.named(base), name=name, rules=found)
+        if set(value) & set(_INTEGER_KEYS):
+            raise InputError(f"{where}: group_size and symmetric are of integers; {base} has its own blocks")
+        try:
+            return replace(cls.named(base), name=name, rules=found)
+        except UsageError as error:
+            raise InputError(f"{where}: {error}") from error
 
     def to_dict(self) -> dict[str, object]:
         """Return the recipe as JSON or TOML can hold it; `from_dict` reads it back."""

@@ -35,6 +35,7 @@ _SAMPLE_BYTES = 4096
 MAX_HEADER_BYTES = 100_000_000
 _MAX_AXES = 8
 _MAX_SIZE = 1 << 62
+_MAX_EMPTY = 1 << 48  # of the sides of an empty tensor that are not 0: numpy refuses what it could not address
 _METADATA = "__metadata__"
 _MEND = "the file is damaged or was not fully downloaded: fetch it again"
 
@@ -89,6 +90,9 @@ class SafetensorsFile:
     def open(cls, path: Path) -> SafetensorsFile:
         """Open `path` and check its whole header. Raises `InputError` that names the file, the tensor and the way out."""
         try:
+            if path.exists() and not path.is_file():
+                # Opening a pipe would wait for ever.
+                raise InputError(f"cannot read {path}: not a regular file")
             file = FileIO(path, "r")
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from error
@@ -285,6 +289,8 @@ def _entry(path: Path, name: str, facts: object, data_start: int, size: int) -> 
         raise InputError(
             f"{path}: tensor {name}, {dtype} {shape}, needs {wanted} bytes and has {stop - start}; {_MEND}"
         )
+    if not wanted and math.prod(side for side in shape if side) > _MAX_EMPTY:
+        raise InputError(f"{path}: tensor {name} has the shape {shape!r}, empty but too wide for an array; {_MEND}")
     return Entry(dtype=dtype, shape=tuple(shape), start=start, stop=stop)
 
 

@@ -54,6 +54,7 @@ FLOAT_GRIDS = tuple(name for name, facts in GRIDS.items() if facts.family == "fl
 GGML_GRIDS = tuple(name for name, facts in GRIDS.items() if facts.family == "ggml")
 INT_GRIDS = tuple(name for name, facts in GRIDS.items() if facts.family == "int")
 WHOLE_ROW = -1
+_MAX_GROUP = 1 << 31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +69,8 @@ class Scheme:
         if self.grid not in GRIDS:
             raise UsageError(unknown_name("grid", self.grid, GRIDS))
         if self.facts.family == "int":
-            if self.group_size is None or (self.group_size != WHOLE_ROW and self.group_size < 1):
-                raise UsageError(f"{self.grid} needs a group size of at least 1, or -1 for the whole row")
+            if self.group_size is None or (self.group_size != WHOLE_ROW and not 1 <= self.group_size <= _MAX_GROUP):
+                raise UsageError(f"{self.grid} needs a group size from 1 to {_MAX_GROUP}, or -1 for the whole row")
         elif self.group_size is not None or not self.symmetric:
             raise UsageError(f"{self.grid} has its own block of {self.facts.block}: leave group size and symmetry out")
 

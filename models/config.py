@@ -7,7 +7,7 @@ Defaults for absent keys are those of transformers' LlamaConfig, Qwen2Config and
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +120,9 @@ def config_of(
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path` (at most 8 MiB). Raises `InputError` when it is missing, too large or not an object."""
     try:
+        if path.exists() and not path.is_file():
+            # A pipe would wait for ever, and a device never end.
+            raise InputError(f"{path} is not a regular file")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(f"{path} has more than {MAX_JSON_BYTES} bytes; that is no settings file")
         value = json.loads(path.read_bytes())
@@ -164,7 +167,7 @@ class _Keys:
         value = self.raw.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, int | float) and type(value) is not bool and 0 < value < math.inf:
+        if isinstance(value, int | float) and type(value) is not bool and 0 < value <= sys.float_info.max:
             return float(value)
         raise self.bad(key, "is not a positive number" if key in self.raw else "is missing")
 

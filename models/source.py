@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r1q.core.errors import InputError
-from r1q.core.files import sha256_file
+from r1q.core.files import is_bare_name, sha256_file
 from r1q.core.safetensors_file import Entry, SafetensorsFile
 from r1q.core.tensors import TensorSpec
 from r1q.models.config import ModelConfig, read_json
@@ -120,7 +120,7 @@ def contained(folder: Path, name: str) -> Path:
     Links into the `blobs` of a Hugging Face download cache are allowed when `folder` is a snapshot of that cache.
     Raises `InputError` otherwise.
     """
-    if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
+    if not is_bare_name(name) or ":" in name:
         raise InputError(f"{folder}: the file name {name!r} leaves the folder; the checkpoint is not safe to read")
     root = folder.resolve()
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
