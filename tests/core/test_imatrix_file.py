@@ -16,6 +16,7 @@ from r1q.core.errors import InputError
 from r1q.core.imatrix_file import Imatrix, read_imatrix
 
 Pair = tuple[list[list[float]], list[list[float]]]
+GOLDEN = Path(__file__).with_name("golden")
 QUERIES, DOWN = "blk.0.attn_q.weight", "blk.11.ffn_down.weight"
 
 
@@ -60,6 +61,20 @@ def write(path: Path, content: bytes) -> Path:
 def values_of(found: Imatrix) -> dict[str, list[float]]:
     assert all(values.dtype == np.float32 and values.ndim == 1 for values in found.columns.values())
     return {name: values.tolist() for name, values in found.columns.items()}
+
+
+def test_both_forms_of_llama_imatrix_itself_say_the_same() -> None:
+    """Most inputs come out of a norm with weights of one: their mean square is 1, less its epsilon."""
+    new, old = (read_imatrix(GOLDEN / f"tiny.imatrix.{form}") for form in ("gguf", "dat"))
+    parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    names = {f"blk.{block}.{part}.weight" for block in range(2) for part in parts} | {"output.weight"}
+    assert new.columns.keys() == old.columns.keys() == names
+    assert (new.chunks, old.chunks) == (3, 3)
+    for name, values in new.columns.items():
+        assert len(values) == (128 if "ffn_down" in name else 64)
+        np.testing.assert_allclose(values, old.columns[name], rtol=3e-7)  # the older form rounds twice more
+        if "attn_output" not in name and "ffn_down" not in name:
+            assert 0.999 < values.mean() < 1.00001
 
 
 def test_gguf_gives_sums_divided_by_counts(tmp_path: Path) -> None:
