@@ -33,7 +33,7 @@ trained from scratch on generated problems; no text or weight of any other model
 
 Percent of {problems} held-out problems per level answered exactly, greedy, at most {limit} tokens in all. The rounded columns
 are a crude yardstick, not r1q's methods: every linear layer (not the tied embedding) rounded to nearest, asymmetric
-min/max, groups of {group_size} along the input.
+min/max, groups of 32 or 128 (g) along the input. Where answers hardly move, measure the divergence over `evaluation.txt`.
 
 {table}
 
@@ -49,8 +49,10 @@ Sampling error of a level's figure is up to about ±{error:.0f} points (one stan
 {tokens:.1f} million tokens (generated as it goes) in {minutes:.0f} minutes on {machine}, seed {seed}.
 One expression in {one_in} is held out by a hash of the expression, so that no phrasing of a held-out problem was trained on, nor,
 for a single + or ×, its swapped order. Muon for the matrices of the layers, AdamW for the rest; bf16 autocast over float32
-weights, rounded to bf16 once at the end. The loss counts thinking and answer fully and the question at a tenth. Float sums
-differ between machines and thread counts, so the command makes a model of the same kind again, not the same bytes.
+weights, rounded to bf16 once at the end. The written methods come first, then more and more of the `mental` kind
+(`CURRICULUM` in models/train_tiny.py); the last tenth runs over rows of 1024 tokens, the rest over rows of 256. The loss counts
+thinking and answer fully and the question at a tenth. Float sums differ between machines and thread counts, so the command
+makes a model of the same kind again, not the same bytes.
 
 ## What is in the folder
 
@@ -83,7 +85,6 @@ class Facts:
     command: str
     per_level: int
     limit: int
-    group_size: int
 
 
 def score_table(columns: Mapping[str, Mapping[str, float]]) -> str:
@@ -104,7 +105,6 @@ def render(facts: Facts, columns: Mapping[str, Mapping[str, float]]) -> str:
         example=f"```\n{problem.prompt}{problem.completion}\n```",
         problems=facts.per_level,
         limit=facts.limit,
-        group_size=facts.group_size,
         table=score_table(columns),
         error=worst,
         error_all=worst / len(LEVELS) ** 0.5,

@@ -26,7 +26,8 @@ log = logging.getLogger("train_tiny")
 TOKENS = 6_800_000
 STATE = "state.pt"
 EVALUATION_BYTES = 90_000
-CRUDE_GROUP_SIZE = 32
+CRUDE = ((4, 32), (3, 32), (2, 32), (4, 128), (3, 128), (2, 128))
+"""(bits, group_size) of the crude roundings in the card."""
 PROMPT_WEIGHT = 0.1
 """Weight of the question's tokens in the loss: enough that a perplexity over whole texts means something."""
 
@@ -195,9 +196,8 @@ def write_card(model: TinyR1, tokenizer: Tokenizer, args: argparse.Namespace) ->
     """Measure the stored model and its crude roundings, and write what came out into the card."""
     problems = sample("score", args.per_level * len(LEVELS), held_out=True)
     columns = {"bf16": scores(model, tokenizer, problems)}
-    for bits in (4, 3, 2):
-        rounded = round_weights(model, bits, CRUDE_GROUP_SIZE)
-        columns[f"{bits} bit"] = scores(rounded, tokenizer, problems)
+    for bits, group_size in CRUDE:
+        columns[f"{bits} bit g{group_size}"] = scores(round_weights(model, bits, group_size), tokenizer, problems)
     _, seconds = load_state(args.state / STATE, TinyR1(), [])
     facts = Facts(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -208,7 +208,6 @@ def write_card(model: TinyR1, tokenizer: Tokenizer, args: argparse.Namespace) ->
         command=f"python -m r1q.models.train_tiny --tokens {args.tokens} --lr {args.lr} --seed {args.seed}",
         per_level=args.per_level,
         limit=TOKEN_LIMIT,
-        group_size=CRUDE_GROUP_SIZE,
     )
     (args.out / "README.md").write_text(render(facts, columns), encoding="utf-8")
     log.info("scores\n%s", score_table(columns))
