@@ -149,21 +149,21 @@ except R1qError as error:
 """
 
 
+def settings(folder: Path, endpoint: str) -> dict[str, str]:
+    """Return an environment in which the client knows one hub and keeps its cache in `folder`."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    wanted = {"HF_HOME": str(folder / "hf"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
+    return {**kept, **wanted}
+
+
 @pytest.fixture
 def fetch(tmp_path: Path) -> Fetch:
     """Return `fetch(model, endpoint, **environment)`: what find_model gives in a fresh Python with its cache in tmp_path."""
 
     def run(model: str, endpoint: str, **environment: str) -> dict[str, Any]:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        settings = {
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_ENDPOINT": endpoint,
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "*",
-        }
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, model],
-            env={**kept, **settings, **environment},
+            env={**settings(tmp_path, endpoint), **environment},
             capture_output=True,
             text=True,
             timeout=120,
@@ -191,6 +191,15 @@ def test_a_model_is_fetched_pinned_and_opens(hub: Hub, fetch: Fetch, suffix: str
         name for name in hub.files if "/" not in name and not name.endswith((".bin", ".py"))
     }
     assert not any(path.endswith((".bin", ".py", "onnx/config.json")) for _, path, _ in hub.requests)
+
+
+def test_quantize_takes_an_id_and_pins_its_commit_in_the_manifest(hub: Hub, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = ["quantize", "org/tiny@v1", "--scheme", "q8_0", "--to", "checkpoint", "-q", "-o", str(output)]
+    subprocess.run([sys.executable, "-m", "r1q", *command], env=settings(tmp_path, hub.url), check=True, timeout=120)
+    manifest = json.loads((output / "checkpoint" / "manifest.json").read_bytes())
+    assert manifest["origin"] == {"repository": "org/tiny", "commit": COMMIT}
+    assert manifest["model"] == "tiny"
 
 
 def test_a_cut_connection_is_resumed_where_it_broke(hub: Hub, fetch: Fetch) -> None:
