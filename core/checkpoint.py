@@ -74,6 +74,8 @@ class TensorRecord:
             scheme = Scheme(grid=_text(value, "grid"), group_size=group, symmetric=value["symmetric"] is True)
         except UsageError as unknown:
             raise ValueError(str(unknown)) from unknown
+        if not scheme.divides(shape[-1]):
+            raise ValueError(f"rows of {shape[-1]} do not split into blocks of {scheme}")
         return cls(
             spec=TensorSpec(layer=layer, shape=tuple(shape), **texts),
             scheme=scheme,
