@@ -83,9 +83,8 @@ class OutputFolder:
                 for entry in found.values()
                 for text in (*entry.files.values(), *entry.notes, entry.manifest_sha256)
             ]
-            if not all(type(a.bytes) is int for a in found.values()) or not all(
-                isinstance(text, str) for text in texts
-            ):
+            sized = all(type(entry.bytes) is int and 0 <= entry.bytes < 1 << 63 for entry in found.values())
+            if not sized or not all(isinstance(text, str) for text in texts):
                 raise TypeError("a size is not a number, or a hash or note not text")
         except FileNotFoundError:
             return {}
