@@ -12,6 +12,7 @@ from r1q.core.errors import R1qError
 from r1q.core.untrusted import printable
 
 OUTPUT_ROOT = Path("r1q-out")
+LONGEST_MESSAGE = 1000
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -19,7 +20,8 @@ class _Refusal(click.ClickException):
     """One line on stderr and the exit code of the error."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(printable(message))
+        # A file's own words may be in it, and as long as the file.
+        super().__init__(printable(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}…"))
         self.exit_code: int = exit_code  # type: ignore[misc]  # click declares it on the class
 
 

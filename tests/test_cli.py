@@ -207,3 +207,12 @@ def test_bench_refuses_a_damaged_file_before_a_runtime_sees_it(make_model: MakeM
 def test_bench_of_nothing_is_refused(tmp_path: Path) -> None:
     refused(run("bench", tmp_path), 3, "holds no artifact")
     refused(run("bench", tmp_path, "--target", "abacus"), 2, "abacus")
+
+
+def test_a_message_that_repeats_a_file_is_cut(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("llama", **SIZES)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": "x" * 100_000}))
+    result = run("quantize", model, "-o", tmp_path / "out")
+    refused(result, 3, "vocab_size")
+    assert len(result.stderr) < 1100
