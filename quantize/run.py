@@ -22,8 +22,8 @@ from r1q.core.recipe import PlannedTensor, Recipe
 from r1q.core.safetensors_file import write_safetensors
 from r1q.quantize.rtn import rtn
 
-# Rows are taken in slabs of about this many weights (32 MB in float32): bounds memory, does not change a byte.
-SLAB_WEIGHTS = 1 << 23
+# Rows are taken in slabs of about this many weights (16 MB in float32), which bounds memory; codes do not depend on it.
+SLAB_WEIGHTS = 1 << 22
 
 
 class FloatSource(Protocol):
@@ -152,10 +152,12 @@ def _stored_slabs(
     for start in range(0, spec.rows, step):
         stop = min(start + step, spec.rows)
         weights = source.read_rows(spec.name, start, stop).reshape(stop - start, spec.columns)
-        stored, values = _store(weights, planned, importance)
-        difference = (values - weights).ravel()
-        squared_error += float(np.vdot(difference, difference))
-        squared_weight += float(np.vdot(weights, weights))
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # a scale beyond float16 shows in the error, and is refused below
+            stored, values = _store(weights, planned, importance)
+            squared_error += _sum_of_squares(values - weights)
+        squared_weight += _sum_of_squares(weights)
         data = stored.tobytes()
         digest.update(data)
         yield data
@@ -169,6 +171,11 @@ def _stored_slabs(
             spec=spec, scheme=planned.scheme, wanted=planned.wanted, file=file, sha256=digest.hexdigest(), error=error
         )
     )
+
+
+def _sum_of_squares(values: Floats) -> float:
+    # Not a BLAS product: its sum would depend on the number of threads, and the manifest holds it.
+    return float(np.square(values, dtype=np.float64).sum())
 
 
 def _store(weights: Floats, planned: PlannedTensor, importance: Floats | None) -> tuple[Bytes, Floats]:

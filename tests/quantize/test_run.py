@@ -145,7 +145,13 @@ def test_sigkill_at_any_moment_ends_in_the_same_bytes(make_model: MakeModel, tmp
 
 @pytest.mark.parametrize(
     ("value", "scheme", "says"),
-    [("nan", "q4_0", "NaN or infinite weights"), ("inf", "q8_0", "NaN"), ("1e6", "f16", "does not fit f16")],
+    [
+        ("nan", "q4_0", "NaN or infinite weights"),
+        ("inf", "q8_0", "NaN"),
+        ("1e6", "f16", "does not fit f16"),
+        ("1e9", "q8_0", "does not fit q8_0"),
+        ("-1e9", "q4_k_m", "does not fit q4_k"),
+    ],
 )
 def test_a_weight_that_cannot_be_stored_stops_the_run_with_its_name(
     make_model: MakeModel, tmp_path: Path, value: str, scheme: str, says: str
