@@ -2,7 +2,8 @@
 
 <output>/checkpoint/      the QuantizedCheckpoint
 <output>/<Name>.gguf      the artifact
-<output>/artifacts.json   format, file, bytes, sha256 of every artifact, and of the manifest it was written from
+<output>/gptq/            another artifact, a folder
+<output>/artifacts.json   format, name, bytes, sha256 sums of every artifact, and of the manifest it was written from
 <output>/where.json       the source's path on this machine; nothing hashes it, and deleting it loses only that
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from r1q.core.checkpoint import JOB, MANIFEST, QuantizedCheckpoint
+from r1q.core.checkpoint import JOB, MANIFEST
 from r1q.core.errors import InputError, UsageError
 from r1q.core.files import TEMP_PREFIX, is_bare_name, sha256_file, write_json
 
@@ -145,12 +146,6 @@ def find_reference(artifact: Path) -> Path | None:
     source = where.get("source") if isinstance(where, Mapping) else None
     path = Path(source) if isinstance(source, str) else None
     return path if path is not None and path.is_dir() else None
-
-
-def find_output(artifact: Path) -> QuantizedCheckpoint | None:
-    """Return the checkpoint beside an artifact file or in an output folder, if there is a finished one."""
-    folder = artifact if artifact.is_dir() else artifact.parent
-    return QuantizedCheckpoint.open(folder / CHECKPOINT) if (folder / CHECKPOINT / MANIFEST).is_file() else None
 
 
 def newest_output(root: Path) -> Path | None:

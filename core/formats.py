@@ -12,7 +12,6 @@ FORMATS = ("gguf", "gptq")
 # Formats of the plan that this version cannot write yet, and what the refusal says of them.
 COMING = {"onnx": "ONNX export is not in this version"}
 CHECKPOINT_ONLY = "checkpoint"
-GPTQ_BITS = (2, 3, 4, 8)
 
 
 def as_integers(scheme: Scheme) -> Scheme | None:
@@ -56,7 +55,7 @@ def gptq_scheme(planned: Iterable[PlannedTensor]) -> Scheme:
         if tensor.spec.layer is None or not tensor.spec.is_matrix:
             continue
         scheme = as_integers(tensor.scheme)
-        if scheme is None or scheme.facts.bits not in GPTQ_BITS:
+        if scheme is None:
             raise UsageError(
                 f"{tensor.spec.name}: a GPTQ folder has no form for {tensor.scheme}; it holds symmetric integers: "
                 "--bits 4 --group-size 32 (or 64, 128, -1) --to gptq"

@@ -26,7 +26,7 @@ from r1q import __version__
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import InputError
 from r1q.core.files import atomic_path, remove_leftovers, write_json, writing
-from r1q.core.formats import as_integers, gptq_scheme
+from r1q.core.formats import gptq_scheme
 from r1q.core.integers import middle, pack_bits, unpack_bits
 from r1q.core.qtensor import Codes, Floats
 from r1q.core.recipe import PlannedTensor
@@ -150,19 +150,3 @@ def read_linear(file: SafetensorsFile, name: str, scheme: Scheme, shape: tuple[i
         raise InputError(f"{file.path}: {name} has zeros or g_idx of another kind than r1q writes")
     codes = unpack_bits(np.ascontiguousarray(words.T).view(np.uint8), bits, inputs)
     return codes, np.ascontiguousarray(scales.T.astype(np.float32))
-
-
-def matches(checkpoint: QuantizedCheckpoint, file: SafetensorsFile, spec: TensorSpec) -> float:
-    """Return the largest difference between a written tensor's values and the checkpoint's (floats: rounded to float16)."""
-    if not _is_packed(spec):
-        want = checkpoint.read_rows(spec.name, 0, spec.rows).astype(np.float16).astype(np.float32)
-        have = file.read(spec.name).astype(np.float32)
-        return float(np.abs(want - have).max(initial=0))
-    scheme = as_integers(checkpoint.scheme(spec.name))
-    if scheme is None:
-        raise InputError(f"{spec.name}: the checkpoint holds {checkpoint.scheme(spec.name)}, no symmetric integers")
-    codes, scales = read_linear(file, spec.name, scheme, spec.shape)
-    group = scheme.group(spec.columns)
-    centred = codes.astype(np.float32) - middle(scheme.facts.bits)
-    have = centred * np.repeat(scales, group, axis=1)
-    return float(np.abs(have - checkpoint.read_rows(spec.name, 0, spec.rows)).max(initial=0))

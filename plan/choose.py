@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from r1q.core.errors import UsageError
 from r1q.core.recipe import BITS_PRESETS, Recipe, integer_recipe
+from r1q.core.scheme import GRIDS, INT_GRIDS
 from r1q.core.tensors import TensorSpec
 
-INTEGER_BITS = (2, 3, 4, 8)
+INTEGER_BITS = tuple(GRIDS[name].bits for name in INT_GRIDS)
+DEFAULT_BITS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ def choose_recipe(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
 
 
 def _preset(wish: Wish) -> Choice:
-    bits = 4 if wish.bits is None else wish.bits
+    bits = DEFAULT_BITS if wish.bits is None else wish.bits
     if bits not in BITS_PRESETS:
         raise UsageError(f"no preset has {bits} bits; --bits takes {', '.join(map(str, BITS_PRESETS))}")
     preset = BITS_PRESETS[bits]
@@ -61,21 +63,20 @@ def _preset(wish: Wish) -> Choice:
 
 
 def _integers(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
-    bits = 4 if wish.bits is None else wish.bits
+    bits = DEFAULT_BITS if wish.bits is None else wish.bits
     if bits not in INTEGER_BITS:
         raise UsageError(f"there is no {bits}-bit integer grid; --bits takes {', '.join(map(str, INTEGER_BITS))} here")
     group_size = 32 if wish.group_size is None and "gguf" in wish.formats else wish.group_size
     recipe = integer_recipe(bits, group_size, wish.symmetric, tensors)
-    base = recipe.base if isinstance(recipe.base, str) else str(recipe.base)
     if wish.group_size is not None:
         why = f"groups of {wish.group_size} as asked" if wish.group_size > 0 else "one group a row as asked"
     elif group_size == 32:
         why = "groups of 32, which GGUF and GPTQ both hold"
     else:
         why = "the largest usual group that divides every row"
-    reason = f"{recipe.name} ({base}): {_asked(wish)}, {why}; embedding and head in 8 bits"
+    reason = f"{recipe.name} ({recipe.base}): {_asked(wish)}, {why}; embedding and head in 8 bits"
     return Choice(recipe=recipe, reason=reason)
 
 
 def _asked(wish: Wish) -> str:
-    return "4 bits (the default)" if wish.bits is None else f"--bits {wish.bits}"
+    return f"{DEFAULT_BITS} bits (the default)" if wish.bits is None else f"--bits {wish.bits}"

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from r1q.core.artifact import OutputFolder
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.formats import parse_formats
-from r1q.core.mixtures import ModelShape
-from r1q.core.recipe import Recipe, resolve
+from r1q.core.recipe import Recipe
 from r1q.models.embedded import OpenedModel
 from r1q.models.source import ModelSource
 from r1q.plan.choose import Wish, choose_recipe
@@ -29,18 +28,13 @@ Floats = NDArray[np.float32]
 def make_checkpoint(model: Path, folder: Path, preset: str, name: str | None = None) -> QuantizedCheckpoint:
     """Quantize the Hugging Face folder `model` with `preset` into `folder`."""
     source = ModelSource.open(model)
-    config = source.config
-    shape = ModelShape(
-        family=config.family,
-        layers=config.num_layers,
-        heads=config.num_heads,
-        kv_heads=config.num_kv_heads,
-        tied=config.tied,
-    )
-    recipe = Recipe.named(preset)
-    planned = resolve(recipe, source.tensors, shape)
+    plan = make_plan(source, Recipe.named(preset), ())
     request = Request(
-        model=name or config.name, recipe=recipe, planned=planned, method="rtn", versions={"r1q": "1.2.3", "numpy": "x"}
+        model=name or plan.model,
+        recipe=plan.recipe,
+        planned=plan.tensors,
+        method="rtn",
+        versions={"r1q": "1.2.3", "numpy": "x"},
     )
     for _ in quantize_checkpoint(source, request, folder):
         pass

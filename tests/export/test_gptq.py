@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import UsageError
-from r1q.core.safetensors_file import SafetensorsFile
-from r1q.export.gptq import matches, write_gptq
+from r1q.export.gptq import write_gptq
+from r1q.export.verify_gptq import verify_gptq
 from r1q.models.source import ModelSource
 from r1q.plan.choose import Wish, choose_recipe
 from r1q.plan.plan import make_plan
@@ -59,8 +59,8 @@ def test_packed_words_hold_the_checkpoints_weights(
     name = "model.layers.1.self_attn.k_proj.weight"
     have = unpack_slowly(tensors, name.removesuffix("weight"), bits)
     np.testing.assert_array_equal(have, checkpoint.read_rows(name, 0, have.shape[0]))
-    file = SafetensorsFile.open(folder / "model.safetensors")
-    assert max(matches(checkpoint, file, spec) for spec in checkpoint.tensors) == 0
+    verified = verify_gptq(checkpoint, folder)
+    assert (verified.defects, verified.tensors) == ((), len(checkpoint.tensors))
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert (quantization["bits"], quantization["group_size"]) == (bits, group)
     assert {quantization[key] for key in ("desc_act", "lm_head")} == {False}
