@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from r1q import __version__
-from r1q.core.artifact import Artifact, OutputFolder
+from r1q.core.artifact import Artifact, OutputFolder, find_reference
 from r1q.core.checkpoint import MANIFEST, QuantizedCheckpoint
 from r1q.core.errors import InputError
 from r1q.core.files import remove_leftovers
@@ -48,12 +48,12 @@ def quantize_model(model: OpenedModel, plan: Plan, output: OutputFolder, *, meth
         importance={} if plan.statistics is None else plan.statistics.importance,
         calibration=None if plan.statistics is None else plan.statistics.calibration,
     )
-    finished = (output.checkpoint / MANIFEST).is_file()
-    if not finished:
+    if not (output.checkpoint / MANIFEST).is_file():
         plan.check_disk(output.path)
         _refuse_unexportable(source.path, plan.formats)
     yield from quantize_checkpoint(source, request, output.checkpoint)
-    if not finished:
+    if find_reference(output.path) != source.path.resolve():
+        # Not only on the first run: a kill just after the manifest, or a source that moved, would leave bench without its reference.
         output.remember_source(source.path)
     yield from export_checkpoint(output, plan.formats)
 

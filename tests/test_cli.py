@@ -61,6 +61,10 @@ def test_a_walk_ends_with_the_files_and_the_second_time_says_so(make_model: Make
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
     checkpoint = QuantizedCheckpoint.open(tmp_path / "out" / "checkpoint")
     assert checkpoint.manifest["events"] == []
+    # Where the source is comes back too, as after a kill between the manifest and that note.
+    (tmp_path / "out" / "where.json").unlink()
+    assert run(*command).exit_code == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
 
 
 def test_quiet_prints_the_path_alone(make_model: MakeModel, tmp_path: Path) -> None:
