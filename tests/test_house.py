@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("core", "models", "quantize", "export", "runtimes", "plan", "benchmarks")
-TORCH_ALLOWED = ("models/", "runtimes/torch.py")
+ROOMS = ("core", "models", "calibration", "quantize", "export", "runtimes", "plan", "benchmarks", "commands")
+TORCH_ALLOWED = ("models/", "calibration/", "quantize/", "runtimes/torch.py")
 FOUND = (path for room in (*ROOMS, "tests") for path in sorted((ROOT / room).rglob("*.py")))
 SOURCES = [ROOT / "cli.py", *(path for path in FOUND if not {"peers", "__pycache__"} & set(path.parts))]
 

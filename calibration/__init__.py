@@ -1,0 +1,1 @@
+"""WHAT THE MODEL SEES: text into token windows, the model's own traces, and the statistics of both."""
