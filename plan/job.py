@@ -1,0 +1,93 @@
+"""Job: all that `r1q quantize` is asked, as one value; opened, planned and run in three calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from r1q.core.artifact import OutputFolder, newest_output
+from r1q.models.embedded import OpenedModel, open_model
+from r1q.plan.choose import Choice, Wish, choose_recipe
+from r1q.plan.plan import Plan, make_plan
+from r1q.plan.walk import Exported, quantize_model
+from r1q.quantize.run import Event
+
+OUTPUT_ROOT = Path("r1q-out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is asked, under the names and with the defaults of the command's options.
+
+    `model` None is the embedded model, `output` None a folder under ./r1q-out, `formats` empty the checkpoint alone.
+    """
+
+    model: str | None = None
+    bits: int | None = None
+    scheme: str | None = None
+    formats: tuple[str, ...] = ("gguf",)
+    group_size: int | None = None
+    asymmetric: bool = False
+    method: str = "rtn"
+    imatrix: Path | None = None
+    output: Path | None = None
+    strict: bool = False
+
+    @property
+    def wish(self) -> Wish:
+        """The part that decides the recipe."""
+        return Wish(
+            bits=self.bits,
+            scheme=self.scheme,
+            group_size=self.group_size,
+            symmetric=not self.asymmetric,
+            formats=self.formats,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedJob:
+    """A job, the model that it names, and the recipe that it means for this model."""
+
+    job: Job
+    model: OpenedModel
+    choice: Choice
+
+
+def open_job(job: Job, *, progress: bool = False) -> OpenedJob:
+    """Open the model (`progress` shows a download) and choose the recipe; reads headers alone.
+
+    Raises what `open_model` and `choose_recipe` raise.
+    """
+    model = open_model(job.model, progress=progress)
+    return OpenedJob(job=job, model=model, choice=choose_recipe(job.wish, model.source.tensors))
+
+
+def plan_job(opened: OpenedJob) -> Plan:
+    """Return what every tensor will become; raises what `make_plan` raises."""
+    job = opened.job
+    return make_plan(opened.model.source, opened.choice.recipe, job.formats, job.imatrix)
+
+
+def job_folder(job: Job, plan: Plan) -> Path:
+    """Return the output folder: the one asked for, or r1q-out/<model>-<recipe> in the working directory."""
+    return job.output or OUTPUT_ROOT / f"{plan.model}-{plan.recipe.name}"
+
+
+def run_job(opened: OpenedJob, plan: Plan) -> Iterator[Event | Exported]:
+    """Quantize and export as `quantize_model` does, yielding its events."""
+    job = opened.job
+    yield from quantize_model(opened.model, plan, OutputFolder(job_folder(job, plan)), method=job.method)
+
+
+def newest_or_embedded() -> Path:
+    """Return the newest output folder under ./r1q-out; without one, quantize the embedded model in 4 bits and return that."""
+    newest = newest_output(OUTPUT_ROOT)
+    if newest is not None:
+        return newest
+    opened = open_job(Job())
+    plan = plan_job(opened)
+    for _ in run_job(opened, plan):
+        pass
+    return job_folder(opened.job, plan)
