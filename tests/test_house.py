@@ -19,9 +19,16 @@ def test_every_room_is_linked_into_the_import_name() -> None:
         link = ROOT / "r1q" / room
         assert link.is_symlink(), f"r1q/{room} is not a link: clone with symlinks enabled"
         assert link.resolve() == ROOT / room
+        assert (link / "__init__.py").is_file(), "a wheel leaves out a room without it"
     assert (ROOT / "r1q" / "cli.py").resolve() == ROOT / "cli.py"
     real = {path.name for path in (ROOT / "r1q").iterdir() if not path.is_symlink() and path.name != "__pycache__"}
     assert real == {"__init__.py", "__main__.py", "py.typed"}
+
+
+def test_the_floor_plan_names_every_room() -> None:
+    plan = (ROOT / "README.md").read_text().partition("## Floor plan")[2]
+    named = [line.partition(" ")[0] for line in plan.splitlines()]
+    assert [f"{room}/" for room in ROOMS if f"{room}/" not in named] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
