@@ -30,17 +30,38 @@ GRID = (
 )
 METHOD = (
     click.Option(
+        ["--effort"],
+        type=click.Choice(["fast", "default", "high"]),
+        help="Calibrate: fast (GPTQ), default (and make good what earlier layers shifted), high (and train blocks).",
+    ),
+    click.Option(
+        ["--calibration"],
+        metavar="SPEC",
+        help="Text to calibrate on: FILE.txt, FILE.jsonl, a folder, builtin; mixed as a.txt:0.5,builtin:0.5.  [default: builtin]",
+    ),
+    click.Option(
+        ["--samples"], type=click.IntRange(min=1), default=128, show_default=True, help="Windows of calibration text."
+    ),
+    click.Option(["--seq-len"], type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a window."),
+    click.Option(
         ["--method"],
-        type=click.Choice(["rtn"]),
-        default="rtn",
-        show_default=True,
-        help="rtn: round to nearest, no data.",
+        type=click.Choice(["rtn", "gptq"]),
+        help="rtn: round to nearest, no text. gptq: calibrated.  [default: gptq with --effort or --calibration, else rtn]",
     ),
     click.Option(
         ["--imatrix"],
         type=click.Path(path_type=Path),
-        help="Importance matrix of llama-imatrix to weigh errors by.",
+        help="Importance matrix of llama-imatrix for rtn to weigh errors by.",
     ),
+    click.Option(
+        ["--damp"],
+        type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+        default=0.05,
+        show_default=True,
+        help="Share of the mean diagonal added to second moments.",
+    ),
+    click.Option(["--device"], default="cpu", show_default=True, help="Where calibration computes: cpu, or cuda."),
+    click.Option(["--threads"], type=click.IntRange(min=1), help="Threads.  [default: all physical cores]"),
 )
 RUN = (
     click.Option(
@@ -68,6 +89,8 @@ def quantize(formats: str, dry_run: bool, quiet: bool, **options: Any) -> None:
     Examples:
       r1q quantize --bits 4
       r1q quantize ./DeepSeek-R1-Distill-Qwen-1.5B --scheme q4_k_m
+      r1q quantize ./DeepSeek-R1-Distill-Qwen-1.5B --bits 4 --effort default
+      r1q quantize ./model --scheme q4_0 --effort fast --calibration my.txt --samples 32
       r1q quantize ./model --scheme bf16 -o reference
       r1q quantize deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --bits 4 --to gguf,gptq
 

@@ -15,11 +15,16 @@ from r1q.core.files import explain_os_error, is_bare_name, json_bytes, sha256_fi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedFile:
-    """One finished block file: its name, sha256 and what it holds."""
+    """One finished block file: its name, sha256, what it holds, and the events on the way.
+
+    `state` is the sha256 of the hidden states that a calibrated run goes on from, empty in others.
+    """
 
     file: str
     sha256: str
     records: tuple[TensorRecord, ...]
+    events: tuple[str, ...] = ()
+    state: str = ""
 
 
 def open_job(folder: Path, job: Mapping[str, object]) -> None:
@@ -59,7 +64,13 @@ def finished_files(folder: Path) -> dict[str, FinishedFile]:
 
 def append(folder: Path, entry: FinishedFile) -> None:
     """Add a line for a finished block file and flush it to the disk."""
-    value = {"file": entry.file, "sha256": entry.sha256, "tensors": [record.to_dict() for record in entry.records]}
+    value = {
+        "file": entry.file,
+        "sha256": entry.sha256,
+        "tensors": [record.to_dict() for record in entry.records],
+        "events": list(entry.events),
+        "state": entry.state,
+    }
     path = folder / JOURNAL
     try:
         with open(path, "ab") as file:
@@ -76,7 +87,13 @@ def _parse(line: bytes) -> FinishedFile | None:
     try:
         value = json.loads(line)
         records = tuple(TensorRecord.from_dict(record) for record in value["tensors"])
-        entry = FinishedFile(file=str(value["file"]), sha256=str(value["sha256"]), records=records)
+        entry = FinishedFile(
+            file=str(value["file"]),
+            sha256=str(value["sha256"]),
+            records=records,
+            events=tuple(map(str, value.get("events", ()))),
+            state=str(value.get("state", "")),
+        )
         return entry if is_bare_name(entry.file) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

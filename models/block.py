@@ -4,7 +4,7 @@
            ─ mlp_input ─▶ gate, up ─ mlp_inner ─▶ ffn_down ─▶ + hidden
 
 Every function takes [..., length, features] in float32 and returns the same. `weights` maps `kind.part` (`attn_q.weight`,
-`ffn_down.bias`, …) to tensors; an absent bias or head norm is not applied.
+`ffn_down.bias`, …) to tensors; an absent bias or head norm is not applied. A linear layer is multiplied in its weight's dtype.
 """
 
 from __future__ import annotations
@@ -68,9 +68,13 @@ def mlp_output(weights: Weights, inner: Tensor) -> Tensor:
     return linear(weights, "ffn_down", inner)
 
 
-def linear(weights: Weights, kind: str, inputs: Tensor) -> Tensor:
-    """Return inputs · weightᵀ + bias of the tensors named `kind`."""
-    return F.linear(inputs, weights[f"{kind}.weight"], weights.get(f"{kind}.bias"))
+def linear(weights: Weights, kind: str, inputs: Tensor, *, bias: bool = True) -> Tensor:
+    """Return inputs · weightᵀ + bias (unless `bias` says no) of the tensors named `kind`, in the dtype of the inputs."""
+    weight, added = weights[f"{kind}.weight"], weights.get(f"{kind}.bias") if bias else None
+    if weight.dtype == inputs.dtype:
+        return F.linear(inputs, weight, added)
+    product = F.linear(inputs.to(weight.dtype), weight).to(inputs.dtype)
+    return product if added is None else product + added
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:

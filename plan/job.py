@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r1q.core.artifact import OutputFolder, newest_output
+from r1q.core.errors import UsageError
 from r1q.models.embedded import OpenedModel, open_model
 from r1q.plan.choose import Choice, Wish, choose_recipe
 from r1q.plan.plan import Plan, make_plan
 from r1q.plan.walk import Exported, quantize_model
-from r1q.quantize.run import Event
+from r1q.quantize.run import Calibration, Event
 
 OUTPUT_ROOT = Path("r1q-out")
 
@@ -29,10 +30,22 @@ class Job:
     formats: tuple[str, ...] = ("gguf",)
     group_size: int | None = None
     asymmetric: bool = False
-    method: str = "rtn"
+    method: str | None = None
     imatrix: Path | None = None
+    effort: str | None = None
+    calibration: str | None = None
+    samples: int = 128
+    seq_len: int = 512
+    damp: float = 0.05
+    threads: int | None = None
+    device: str = "cpu"
     output: Path | None = None
     strict: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the model sees text: asked for by `method`, or by an option that means nothing without it."""
+        return self.method == "gptq" or (self.method is None and bool(self.effort or self.calibration))
 
     @property
     def wish(self) -> Wish:
@@ -67,7 +80,19 @@ def open_job(job: Job, *, progress: bool = False) -> OpenedJob:
 def plan_job(opened: OpenedJob) -> Plan:
     """Return what every tensor will become; raises what `make_plan` raises."""
     job = opened.job
-    return make_plan(opened.model.source, opened.choice.recipe, job.formats, job.imatrix)
+    refuse_contradictions(job)
+    source, recipe = opened.model.source, opened.choice.recipe
+    return make_plan(source, recipe, job.formats, job.imatrix, calibrated=job.calibrated)
+
+
+def refuse_contradictions(job: Job) -> None:
+    """Raise `UsageError` for options that do not go together."""
+    if job.method == "rtn" and (job.effort or job.calibration):
+        raise UsageError("--method rtn looks at no text: leave --effort and --calibration out, or the method")
+    if job.calibrated and job.imatrix is not None:
+        raise UsageError(
+            "--imatrix weighs errors of plain rounding; a calibrated run makes its own statistics: leave one out"
+        )
 
 
 def job_folder(job: Job, plan: Plan) -> Path:
@@ -78,7 +103,23 @@ def job_folder(job: Job, plan: Plan) -> Path:
 def run_job(opened: OpenedJob, plan: Plan) -> Iterator[Event | Exported]:
     """Quantize and export as `quantize_model` does, yielding its events."""
     job = opened.job
-    yield from quantize_model(opened.model, plan, OutputFolder(job_folder(job, plan)), method=job.method)
+    output = OutputFolder(job_folder(job, plan))
+    calibration = _calibration(opened, output) if job.calibrated else None
+    yield from quantize_model(opened.model, plan, output, calibration)
+
+
+def _calibration(opened: OpenedJob, output: OutputFolder) -> Calibration:
+    """Return the windows that the model will see, and the engine: that of the run which is in `output` already, or a new one."""
+    from r1q.calibration.windows import make_windows
+    from r1q.models.tokenizer import Tokenizer
+    from r1q.plan.effort import choose_engine
+
+    job = opened.job
+    windows = make_windows(
+        job.calibration or "builtin", Tokenizer.open(opened.model.source.path), samples=job.samples, length=job.seq_len
+    )
+    engine = choose_engine(job, output.checkpoint)
+    return Calibration(tokens=windows.tokens, record=windows.record, engine=engine)
 
 
 def newest_or_embedded() -> Path:

@@ -84,14 +84,25 @@ def model_shape(config: ModelConfig, calibrated: bool) -> ModelShape:
     )
 
 
-def make_plan(source: ModelSource, recipe: Recipe, formats: Sequence[str], imatrix: Path | None = None) -> Plan:
+def make_plan(
+    source: ModelSource,
+    recipe: Recipe,
+    formats: Sequence[str],
+    imatrix: Path | None = None,
+    *,
+    calibrated: bool = False,
+) -> Plan:
     """Return what `recipe` makes of `source` for `formats`, weighing errors by the file `imatrix` if there is one.
+
+    A `calibrated` run counts as one with an importance matrix in llama.cpp's mixtures, as one with `imatrix` does.
 
     Raises `UsageError` for a recipe that does not fit the model, or that a format cannot hold; `InputError` for
     statistics of another model.
     """
     statistics = None if imatrix is None else read_statistics(imatrix, source.tensors)
-    tensors = resolve(recipe, source.tensors, model_shape(source.config, calibrated=statistics is not None))
+    tensors = resolve(
+        recipe, source.tensors, model_shape(source.config, calibrated=calibrated or statistics is not None)
+    )
     refuse_unfit(tensors, formats)
     name = source.config.name
     return Plan(model=name, recipe=recipe, tensors=tensors, formats=tuple(formats), statistics=statistics)

@@ -40,7 +40,7 @@ def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -
         TimeRemainingColumn(),
     )
     results: list[Exported] = []
-    kept = 0
+    kept = written = 0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("quantize", total=len(plan.tensors))
         for event in events:
@@ -48,9 +48,13 @@ def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -
                 results.append(event)
             elif event.what == "kept":
                 kept += 1
-                progress.advance(task, event.count)
+                written += event.count
+                progress.update(task, completed=written)
+            elif event.what == "stage":
+                progress.update(task, advance=event.count, description=event.name)
             elif event.what == "tensor":
-                progress.update(task, advance=1, description=event.name)
+                written += 1
+                progress.update(task, completed=max(written, progress.tasks[0].completed), description=event.name)
             elif event.what == "done":
                 progress.update(task, description="writing files")
     if kept:

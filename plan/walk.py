@@ -14,7 +14,7 @@ from r1q.core.errors import InputError
 from r1q.core.files import remove_leftovers
 from r1q.models.embedded import OpenedModel
 from r1q.plan.plan import Plan
-from r1q.quantize.run import Event, Request, quantize_checkpoint
+from r1q.quantize.run import Calibration, Event, Request, quantize_checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +31,12 @@ def versions() -> dict[str, str]:
     return {"r1q": __version__, "numpy": version("numpy"), "numba": version("numba")}
 
 
-def quantize_model(model: OpenedModel, plan: Plan, output: OutputFolder, *, method: str) -> Iterator[Event | Exported]:
+def quantize_model(
+    model: OpenedModel, plan: Plan, output: OutputFolder, calibrated: Calibration | None = None
+) -> Iterator[Event | Exported]:
     """Quantize and export `model` as `plan` says into `output`, yielding events; one `Exported` for each format.
+
+    With `calibrated` blocks are coded by GPTQ on that text, else rounded to nearest.
 
     The same call on a finished folder yields «already done» and changes nothing.
     """
@@ -43,10 +47,11 @@ def quantize_model(model: OpenedModel, plan: Plan, output: OutputFolder, *, meth
         origin=model.origin,
         recipe=plan.recipe,
         planned=plan.tensors,
-        method=method,
-        versions=versions(),
+        method="rtn" if calibrated is None else "gptq",
+        versions=versions() if calibrated is None else {**versions(), "torch": version("torch")},
         importance={} if plan.statistics is None else plan.statistics.importance,
         calibration=None if plan.statistics is None else plan.statistics.calibration,
+        calibrated=calibrated,
     )
     if not (output.checkpoint / MANIFEST).is_file():
         plan.check_disk(output.path)

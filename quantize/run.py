@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from r1q.core import journal
 from r1q.core.checkpoint import FORMAT_VERSION, MANIFEST, SIDECAR, QuantizedCheckpoint, TensorRecord, stored_entry
@@ -20,32 +20,19 @@ from r1q.core.grids import Bytes, bytes_to_floats, float_bytes, pack
 from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor, Recipe
 from r1q.core.safetensors_file import write_safetensors
+from r1q.quantize.engine import Engine
 from r1q.quantize.rtn import rtn
+from r1q.quantize.source import FloatSource, sum_of_squares
 
 # Rows are taken in slabs of about this many weights (16 MB in float32), which bounds memory; codes do not depend on it.
 SLAB_WEIGHTS = 1 << 22
-
-
-class FloatSource(Protocol):
-    """Where float weights come from: `models.source.ModelSource`, or anything that reads rows by name."""
-
-    def read_rows(self, name: str, start: int, stop: int) -> Floats:
-        """Return rows [stop − start, columns] in float32; a vector is one row, returned flat."""
-        ...
-
-    def fingerprint(self) -> Mapping[str, str]:
-        """Return sha256 sums by which this source is told from another."""
-        ...
-
-    def sidecars(self) -> Sequence[Path]:
-        """Return the files beside the weights that a finished model needs."""
-        ...
+STATE_STEM = "hidden-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One step of a run. `what` is `kept` (a block file of `count` tensors from an earlier run), `tensor`, `file`, `done` or
-    `already done`.
+    """One step of a run. `what` is `kept` (a block file of `count` tensors from an earlier run), `stage` (a stage of a block is
+    coded), `tensor`, `file`, `done` or `already done`.
     """
 
     what: str
@@ -55,10 +42,33 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Slab:
+    """Some rows of a tensor as stored bytes, with the sums of squares of their error and of their weights."""
+
+    stored: Bytes
+    squared_error: float
+    squared_weight: float
+
+
+Store = Callable[[PlannedTensor], Iterable[Slab]]
+Finished = MutableMapping[str, journal.FinishedFile]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What a calibrated run sees and how it computes: token ids [windows, length], what the manifest says of them, the engine."""
+
+    tokens: NDArray[np.int64]
+    record: Mapping[str, object]
+    engine: Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What to quantize and how: everything that decides the bytes is in here, and in job.json.
 
-    `importance` maps GGUF tensor names to mean squared activations [columns]; `calibration` says where they came from.
+    `importance` maps GGUF tensor names to mean squared activations [columns]; `calibration` says where they came from. With
+    `calibrated` the blocks are coded by GPTQ on their own inputs, else everything is rounded to nearest.
     """
 
     model: str
@@ -69,6 +79,7 @@ class Request:
     versions: Mapping[str, str]
     importance: Mapping[str, Floats] = field(default_factory=dict)
     calibration: Mapping[str, object] | None = None
+    calibrated: Calibration | None = None
 
     def unweighted(self) -> list[PlannedTensor]:
         """Return the matrices that have no importance although there is some for others."""
@@ -84,7 +95,8 @@ class Request:
             "recipe": self.recipe.to_dict(),
             "schemes": {tensor.spec.name: str(tensor.scheme) for tensor in self.planned},
             "method": self.method,
-            "calibration": self.calibration,
+            "calibration": self.calibration if self.calibrated is None else dict(self.calibrated.record),
+            "engine": None if self.calibrated is None else self.calibrated.engine.to_dict(),
             "source": dict(source.fingerprint()),
             "versions": dict(self.versions),
         }
@@ -93,8 +105,9 @@ class Request:
 def quantize_checkpoint(source: FloatSource, request: Request, folder: Path) -> Iterator[Event]:
     """Quantize `source` into `folder`, yielding an event for each step; go on where a killed run stopped.
 
-    Raises `UsageError` when `folder` holds another job, `InputError` for a weight that is not a number, `ResourceError` for
-    a full disk. The folder becomes a `QuantizedCheckpoint` when the manifest is written, at the end.
+    With `request.calibrated`, `source` is a `calibrated.ModelReader` (it has a config). Raises `UsageError` when `folder` holds
+    another job, `InputError` for a weight that is not a number, `ResourceError` for a full disk. The folder becomes a
+    `QuantizedCheckpoint` when the manifest is written, at the end.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,17 +119,29 @@ def quantize_checkpoint(source: FloatSource, request: Request, folder: Path) -> 
     remove_leftovers(folder)
     _copy_sidecars(source, folder / SIDECAR)
     finished = journal.finished_files(folder)
+    if request.calibrated is None:
+        yield from _write_files(source, request, folder, finished)
+    else:
+        from r1q.quantize.calibrated import write_files
+
+        yield from write_files(source, request, folder, finished)
+    _write_manifest(folder, job, request, [finished[file] for file in block_files(request.planned)])
+    for state in folder.glob(f"{STATE_STEM}*"):
+        state.unlink()
+    yield Event(what="done")
+
+
+def _write_files(source: FloatSource, request: Request, folder: Path, finished: Finished) -> Iterator[Event]:
+    """Write the block files that are not `finished`, and enter them there."""
     for file, tensors in block_files(request.planned).items():
         if file in finished:
             yield Event(what="kept", name=file, count=len(tensors))
             continue
         done: list[TensorRecord] = []
-        yield from _write_block(source, request, folder / file, tensors, done)
+        yield from write_block(folder / file, tensors, stored_slabs(source, request.importance), done)
         finished[file] = journal.FinishedFile(file=file, sha256=sha256_file(folder / file), records=tuple(done))
         journal.append(folder, finished[file])
         yield Event(what="file", name=file)
-    _write_manifest(folder, job, request, [finished[file] for file in block_files(request.planned)])
-    yield Event(what="done")
 
 
 def block_files(planned: Sequence[PlannedTensor]) -> dict[str, list[PlannedTensor]]:
@@ -130,52 +155,60 @@ def block_files(planned: Sequence[PlannedTensor]) -> dict[str, list[PlannedTenso
     return files
 
 
-def _write_block(
-    source: FloatSource, request: Request, path: Path, tensors: Sequence[PlannedTensor], done: list[TensorRecord]
+def write_block(
+    path: Path, tensors: Sequence[PlannedTensor], store: Store, done: list[TensorRecord]
 ) -> Iterator[Event]:
-    """Write one block file, appending a record to `done` for each tensor; an event follows each."""
+    """Write one block file of what `store` makes of each tensor, appending its records to `done`; an event follows each."""
     entries = [stored_entry(tensor) for tensor in tensors]
-    pieces = (piece for tensor in tensors for piece in _stored_slabs(source, request, tensor, path.name, done))
+    pieces = (piece for tensor in tensors for piece in _recorded(tensor, store(tensor), path.name, done))
     write_safetensors(path, entries, pieces, metadata={"format": "r1q"})
     for record in done:
         yield Event(what="tensor", name=record.spec.name, count=1, record=record)
 
 
-def _stored_slabs(
-    source: FloatSource, request: Request, planned: PlannedTensor, file: str, done: list[TensorRecord]
-) -> Iterator[bytes]:
+def stored_slabs(source: FloatSource, importance: Mapping[str, Floats]) -> Store:
+    """Return what rounds a tensor to nearest, slab of rows by slab; `importance` is by GGUF name."""
+
+    def store(planned: PlannedTensor) -> Iterator[Slab]:
+        spec = planned.spec
+        step = max(1, SLAB_WEIGHTS // spec.columns)
+        for start in range(0, spec.rows, step):
+            stop = min(start + step, spec.rows)
+            weights = source.read_rows(spec.name, start, stop).reshape(stop - start, spec.columns)
+            # A scale beyond float16 shows in the error, and is refused by name.
+            with np.errstate(over="ignore", invalid="ignore"):
+                stored, values = _store(weights, planned, importance.get(spec.gguf_name))
+                error = sum_of_squares(values - weights)
+            yield Slab(stored=stored, squared_error=error, squared_weight=sum_of_squares(weights))
+
+    return store
+
+
+def _recorded(planned: PlannedTensor, slabs: Iterable[Slab], file: str, done: list[TensorRecord]) -> Iterator[bytes]:
     """Yield a tensor's stored bytes slab by slab; at the end append its record."""
-    spec, digest = planned.spec, hashlib.sha256()
-    importance = request.importance.get(spec.gguf_name)
+    digest = hashlib.sha256()
     squared_error = squared_weight = 0.0
-    step = max(1, SLAB_WEIGHTS // spec.columns)
-    for start in range(0, spec.rows, step):
-        stop = min(start + step, spec.rows)
-        weights = source.read_rows(spec.name, start, stop).reshape(stop - start, spec.columns)
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # a scale beyond float16 shows in the error, and is refused below
-            stored, values = _store(weights, planned, importance)
-            squared_error += _sum_of_squares(values - weights)
-        squared_weight += _sum_of_squares(weights)
-        data = stored.tobytes()
+    for slab in slabs:
+        squared_error += slab.squared_error
+        squared_weight += slab.squared_weight
+        data = slab.stored.tobytes()
         digest.update(data)
         yield data
     if not math.isfinite(squared_error):
         raise InputError(
-            f"{spec.name}: a value does not fit {planned.scheme} (not finite once stored); keep it in bf16 or f32"
+            f"{planned.spec.name}: a value does not fit {planned.scheme} (not finite once stored); keep it in bf16 or f32"
         )
     error = math.sqrt(squared_error / squared_weight) if squared_weight else 0.0
     done.append(
         TensorRecord(
-            spec=spec, scheme=planned.scheme, wanted=planned.wanted, file=file, sha256=digest.hexdigest(), error=error
+            spec=planned.spec,
+            scheme=planned.scheme,
+            wanted=planned.wanted,
+            file=file,
+            sha256=digest.hexdigest(),
+            error=error,
         )
     )
-
-
-def _sum_of_squares(values: Floats) -> float:
-    # Not a BLAS product: its sum would depend on the number of threads, and the manifest holds it.
-    return float(np.square(values, dtype=np.float64).sum())
 
 
 def _store(weights: Floats, planned: PlannedTensor, importance: Floats | None) -> tuple[Bytes, Floats]:
@@ -206,9 +239,9 @@ def _write_manifest(
         f"{r.spec.name}: {r.wanted} does not divide rows of {r.spec.columns}, stored as {r.scheme}" for r in fell_back
     ]
     events += [f"{tensor.spec.name}: no importance given, plain search" for tensor in request.unweighted()]
+    events += [event for entry in finished for event in entry.events]
     manifest: dict[str, object] = {
         **job,
-        "seed": None,
         "events": events,
         "files": {
             **{entry.file: entry.sha256 for entry in finished},

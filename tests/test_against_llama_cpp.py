@@ -33,7 +33,7 @@ def written(model: Path, scheme: str, output: Path, imatrix: Path | None = None)
     """Quantize `model` with our own walk and return the GGUF file."""
     opened = open_model(str(model))
     plan = make_plan(opened.source, Recipe.named(scheme), ("gguf",), imatrix)
-    events = list(quantize_model(opened, plan, OutputFolder(output), method="rtn"))
+    events = list(quantize_model(opened, plan, OutputFolder(output)))
     exported = events[-1]
     assert isinstance(exported, Exported)
     assert exported.artifact.notes[0].startswith("tokenizer: proven")

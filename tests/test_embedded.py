@@ -24,7 +24,7 @@ def mean_kld(scheme: str, folder: Path) -> float:
 
     opened = open_model(None)
     plan = make_plan(opened.source, Recipe.named(scheme), ("gguf",))
-    *_, exported = quantize_model(opened, plan, OutputFolder(folder), method="rtn")
+    *_, exported = quantize_model(opened, plan, OutputFolder(folder))
     assert isinstance(exported, Exported)
     ids = Tokenizer.open(EMBEDDED).encode((EMBEDDED / "evaluation.txt").read_text()[:20000], add_special=False)
     tokens = np.array(ids[: WINDOWS * LENGTH], dtype=np.int64).reshape(WINDOWS, LENGTH)

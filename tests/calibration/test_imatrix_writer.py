@@ -93,7 +93,7 @@ def test_llama_quantize_takes_it_and_uses_it(make_model: MakeModel, tmp_path: Pa
 
     def made(scheme: str, imatrix: Path | None = None) -> Path:
         plan = make_plan(opened.source, Recipe.named(scheme), ("gguf",), imatrix)
-        *_, exported = quantize_model(opened, plan, OutputFolder(tmp_path / scheme), method="rtn")
+        *_, exported = quantize_model(opened, plan, OutputFolder(tmp_path / scheme))
         assert isinstance(exported, Exported)
         return exported.path
 

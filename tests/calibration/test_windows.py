@@ -91,7 +91,7 @@ def test_llama_cpp_splits_the_text_alike(make_model: MakeModel, text: Path, tmp_
 
     opened = open_model(str(make_model("qwen2")))
     plan = make_plan(opened.source, Recipe.named("q8_0"), ("gguf",))
-    *_, exported = quantize_model(opened, plan, OutputFolder(tmp_path / "out"), method="rtn")
+    *_, exported = quantize_model(opened, plan, OutputFolder(tmp_path / "out"))
     assert isinstance(exported, Exported)
     with load_runtime("llama-cpp").open(exported.path, Options(context=64)) as session:
         ids = [session.bos, *session.encode(PROSE)]

@@ -110,7 +110,7 @@ def made(make_model: Callable[..., Path], tmp_path: Path, originals: tuple[Path,
             source, formats = ModelSource.open(make_model(family, **{**MADE_SIZES, **(model or {})})), parse_formats(to)
             chosen = choose_recipe(Wish(formats=formats, **wish), source.tensors).recipe
             plan = make_plan(source, Recipe.named(scheme) if scheme else chosen, formats)
-            list(quantize_model(OpenedModel(source), plan, OutputFolder(root / str(len(kept))), method="rtn"))
+            list(quantize_model(OpenedModel(source), plan, OutputFolder(root / str(len(kept)))))
             kept[key] = root / str(len(kept))
         copy = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         return OutputFolder(Path(shutil.copytree(kept[key], copy)))

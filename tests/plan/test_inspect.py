@@ -51,7 +51,7 @@ def facts(text: str) -> dict[str, str]:
 def quantized(model: Path, folder: Path, to: str, scheme: str | None = None, **wish: Any) -> OutputFolder:
     source, formats = ModelSource.open(model), parse_formats(to)
     recipe = Recipe.named(scheme) if scheme else choose_recipe(Wish(formats=formats, **wish), source.tensors).recipe
-    list(quantize_model(OpenedModel(source), make_plan(source, recipe, formats), OutputFolder(folder), method="rtn"))
+    list(quantize_model(OpenedModel(source), make_plan(source, recipe, formats), OutputFolder(folder)))
     return OutputFolder(folder)
 
 

@@ -1,0 +1,56 @@
+"""From `--effort` and this machine to the engine of a calibrated run; a run that was begun keeps the engine it began with."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from r1q.core.checkpoint import JOB
+from r1q.core.errors import UsageError
+from r1q.plan.surroundings import look_around
+from r1q.quantize.engine import Effort, Engine
+
+if TYPE_CHECKING:
+    from r1q.plan.job import Job
+
+# Instruction sets that change the last bits of a sum, widest first; those with bfloat16 products come before all.
+_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
+_LADDER = (*_BFLOAT16, "avx512f", "avx2", "asimd")
+_STEPS = 40
+"""Training steps a block with effort high."""
+
+
+def choose_engine(job: Job, checkpoint: Path) -> Engine:
+    """Return how the calibrated `job` computes here.
+
+    A run in `checkpoint` that was begun is replayed with its own number of threads, unless another is asked for. Raises `UsageError`
+    where it was begun on another instruction set, whose sums differ.
+    """
+    features = look_around(Path.cwd()).features
+    found = next((name for name in _LADDER if name in features), "plain")
+    begun = _begun(checkpoint)
+    isa = f"{platform.machine()} {found}"
+    if begun is not None and begun.isa != isa:
+        raise UsageError(
+            f"{checkpoint} was begun on {begun.isa} and this is {isa}: its numbers would differ; finish it there, or choose another -o"
+        )
+    effort = cast(Effort, job.effort or "default")
+    return Engine(
+        effort=effort,
+        threads=job.threads or (begun.threads if begun is not None else None) or look_around(Path.cwd()).cores,
+        isa=isa,
+        compute="bfloat16" if found in _BFLOAT16 or job.device != "cpu" else "float32",
+        device=job.device,
+        damp=job.damp,
+        steps=_STEPS if effort == "high" else 0,
+    )
+
+
+def _begun(checkpoint: Path) -> Engine | None:
+    """Return the engine of the run in `checkpoint`; None without one, or where job.json is no calibrated run's."""
+    try:
+        return Engine.from_dict(json.loads((checkpoint / JOB).read_bytes())["engine"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # what is wrong with it, `open_job` says by comparing

@@ -1,0 +1,54 @@
+"""Engine: everything about a calibrated run, besides model, recipe and text, that decides a byte of its result.
+
+It is written to job.json before the first weight is read; a run that is resumed takes it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+Effort = Literal["fast", "default", "high"]
+EFFORTS: tuple[Effort, ...] = ("fast", "default", "high")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """How a calibrated run computes.
+
+    `effort`: `fast` fits each layer to the coded model's own inputs; `default` also makes good what earlier layers have shifted;
+    `high` then trains every block. `damp`: share of the mean diagonal added to second moments. `pull`: share of the least-squares
+    shift that is taken (all of it overfits the calibration text). `compute`: dtype of matrix products. `tile`: tokens summed at
+    once. `threads` and `isa`: cores and instruction set, which decide the last bits of sums. `steps`: training steps a block.
+    """
+
+    effort: Effort
+    threads: int
+    isa: str
+    compute: Literal["float32", "bfloat16"]
+    device: str = "cpu"
+    damp: float = 0.05
+    pull: float = 0.5
+    tile: int = 2048
+    steps: int = 0
+    seed: int = 0
+    spill: bool = False
+
+    @property
+    def exact_stream(self) -> bool:
+        """Whether the float model runs beside the coded one."""
+        return self.effort != "fast"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the engine as job.json holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, object]) -> Engine:
+        """Read an engine back. Raises `TypeError` or `ValueError` for what is not one."""
+        types = {"threads": int, "damp": float, "pull": float, "tile": int, "steps": int, "seed": int, "spill": bool}
+        names = [field.name for field in fields(cls)]
+        if set(value) != set(names) or not all(isinstance(value[name], types.get(name, str)) for name in names):
+            raise ValueError("not the engine of a calibrated run")
+        return cls(**value)  # type: ignore[arg-type]  # every field was just checked
