@@ -25,6 +25,8 @@ MAX_LINE_BYTES = 1 << 24
 _BYTES_PER_TOKEN = 5  # a first guess of how far to read
 # Where a text was cut, its last tokens may not be those of the whole text: so many are not used.
 _UNSURE = 64
+# Text that is all white space, or one letter without end, could be read for ever without a window coming of it.
+_SPARSE_BYTES, _SPARSE_BYTES_PER_TOKEN = 1 << 24, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +103,10 @@ def _take_text(path: Path, tokenizer: Tokenizer, count: int) -> Taken:
         if whole or len(ids) >= count:
             digest = hashlib.sha256(data).hexdigest()
             return Taken(name=path.name, ids=ids, whole=whole, bytes=len(data), sha256=digest, documents=1)
+        if len(data) > max(_SPARSE_BYTES, _SPARSE_BYTES_PER_TOKEN * count):
+            raise InputError(
+                f"{path} has {len(ids)} tokens in its first {len(data)} bytes; that is no text to learn from"
+            )
         reach *= 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 
 def allocate(count: int, weights: Sequence[float], limits: Sequence[int | None]) -> list[int]:
@@ -18,8 +19,8 @@ def allocate(count: int, weights: Sequence[float], limits: Sequence[int | None])
     active = [index for index, weight in enumerate(weights) if weight > 0]
     left = count
     while active:
-        total = math.fsum(weights[index] for index in active)
-        ideal = {index: left * weights[index] / total for index in active}
+        total = sum(Fraction(weights[index]) for index in active)
+        ideal = {index: left * Fraction(weights[index]) / total for index in active}
         full = [index for index in active if (limit := limits[index]) is not None and limit <= ideal[index]]
         if not full:
             return _rounded(given, ideal, left)
@@ -30,7 +31,7 @@ def allocate(count: int, weights: Sequence[float], limits: Sequence[int | None])
     return given
 
 
-def _rounded(given: list[int], ideal: dict[int, float], left: int) -> list[int]:
+def _rounded(given: list[int], ideal: dict[int, Fraction], left: int) -> list[int]:
     # A limit is a whole number above its ideal share here, so rounding up cannot pass it.
     floors = {index: math.floor(share) for index, share in ideal.items()}
     order = sorted(ideal, key=lambda index: (floors[index] - ideal[index], index))

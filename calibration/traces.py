@@ -139,5 +139,5 @@ def _trace(tokenizer: Tokenizer, answer: _Answer, seed: int, *, finished: bool) 
         "seed": seed,
         "tokens": len(answer.said),
         "finished": finished,
-        "right": bool(closed) and is_right(problem, content),
+        "right": (finished or bool(closed)) and is_right(problem, content if closed else text),
     }

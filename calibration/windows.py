@@ -19,7 +19,7 @@ from r1q.core.errors import InputError, UsageError
 from r1q.models.tokenizer import Tokenizer
 
 Ids = NDArray[np.int64]
-MAX_IDS = 1 << 27  # 1 GiB of int64
+MAX_IDS = 1 << 24  # 8,192 windows of 2,048 tokens; as Python lists on the way, about 1 GB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

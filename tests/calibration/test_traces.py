@@ -104,6 +104,7 @@ def test_a_trace_holds_thoughts_and_answer_apart(r1: Tokenizer) -> None:
         "right": True,
     }
     assert spoken(r1, "One.\n</think>\n\nIt is 3.", problem)["right"] is False
+    assert spoken(r1, "Without an end of thinking, 2.", problem)["right"] is True
 
 
 def test_a_trace_that_was_cut_says_so_and_stays_open(r1: Tokenizer) -> None:
@@ -188,7 +189,7 @@ def test_the_embedded_model_answers_what_it_was_trained_on(r1: Tokenizer, embedd
         (index, Problem(kind=task.level, question=task.question, thoughts="", answer="", result=task.answer))
         for index, task in enumerate(sample("traces", 12, held_out=True))
     ]
-    with load_runtime("llama-cpp").open(embedded_gguf, Options(sequences=3, context=512)) as session:
+    with load_runtime("llama-cpp").open(embedded_gguf, Options(sequences=3, context=512, threads=1)) as session:
         traces: list[Any] = list(generate_traces(session, r1, asked, seed=0, max_tokens=350))
     assert sorted(trace["index"] for trace in traces) == list(range(12))
     assert sum(trace["finished"] for trace in traces) >= 11

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -340,9 +341,9 @@ def test_shares_keep_their_limits_and_their_proportion(count: int, rows: list[tu
     assert sum(given_out) == min(count, room)
     assert all(limit is None or got <= limit for got, limit in zip(given_out, limits, strict=True))
     free = [(got, weight) for got, (weight, limit) in zip(given_out, rows, strict=True) if weight and limit is None]
-    left, total = sum(got for got, _ in free), sum(weight for _, weight in free)
-    # Rounding moves a share by less than one.
-    assert all(abs(got - left * weight / total) < 1 + 1e-6 for got, weight in free)
+    # Each is within one of its share at a common rate, so of any two the cross products are within the sum of their weights.
+    for (one, weight), (two, other) in itertools.combinations(free, 2):
+        assert abs(one * other - two * weight) < (weight + other) * (1 + 1e-9)
 
 
 def test_sources_that_run_dry_are_asked_once_more_and_no_further() -> None:

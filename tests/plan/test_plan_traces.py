@@ -77,11 +77,11 @@ def test_the_embedded_model_and_its_quantized_self(tmp_path: Path, monkeypatch: 
     opened = open_job(Job(bits=8, output=tmp_path / "q8"))
     for _ in run_job(opened, plan_job(opened)):
         pass
-    quantized = TraceJob(output=tmp_path / "q8.jsonl", model=str(tmp_path / "q8"), count=2, max_tokens=40)
+    quantized = TraceJob(output=tmp_path / "q8.jsonl", model=str(tmp_path / "q8"), count=2, max_tokens=40, threads=1)
     assert len(run(quantized)) == 3
     (gguf,) = (tmp_path / "q8").glob("*.gguf")
     shutil.copy(gguf, tmp_path / "q8" / "copy.gguf")
-    assert len(run(TraceJob(output=tmp_path / "c.jsonl", model=str(gguf), count=1, max_tokens=8))) == 2
+    assert len(run(TraceJob(output=tmp_path / "c.jsonl", model=str(gguf), count=1, max_tokens=8, threads=1))) == 2
 
     windows = make_windows(str(job.output), Tokenizer.open(EMBEDDED), samples=2, length=64)
     record: Any = windows.record
