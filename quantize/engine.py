@@ -11,6 +11,7 @@ from typing import Literal
 
 Effort = Literal["fast", "default", "high"]
 EFFORTS: tuple[Effort, ...] = ("fast", "default", "high")
+_FREE = "spill"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,8 @@ class Engine:
     `high` then trains every block. `damp`: share of the mean diagonal added to second moments. `pull`: share of the least-squares
     shift that is taken (all of it overfits the calibration text). `compute`: dtype of matrix products. `tile`: tokens summed at
     once. `threads` and `isa`: cores and instruction set, which decide the last bits of sums. `steps`: training steps a block.
+
+    `slab`: weights of a matrix coded at once, for the same reason. `spill`: whether hidden states lie in files instead of memory.
     """
 
     effort: Effort
@@ -33,6 +36,7 @@ class Engine:
     tile: int = 2048
     steps: int = 0
     seed: int = 0
+    slab: int = 1 << 24
     spill: bool = False
 
     @property
@@ -41,14 +45,14 @@ class Engine:
         return self.effort != "fast"
 
     def to_dict(self) -> dict[str, object]:
-        """Return the engine as job.json holds it."""
-        return asdict(self)
+        """Return the engine as job.json holds it: without `spill`, which decides no byte, so that a resumed run is free in it."""
+        return {name: value for name, value in asdict(self).items() if name != _FREE}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, object]) -> Engine:
         """Read an engine back. Raises `TypeError` or `ValueError` for what is not one."""
-        types = {"threads": int, "damp": float, "pull": float, "tile": int, "steps": int, "seed": int, "spill": bool}
-        names = [field.name for field in fields(cls)]
+        types = {"threads": int, "damp": float, "pull": float, "tile": int, "steps": int, "seed": int, "slab": int}
+        names = [field.name for field in fields(cls) if field.name != _FREE]
         if set(value) != set(names) or not all(isinstance(value[name], types.get(name, str)) for name in names):
             raise ValueError("not the engine of a calibrated run")
         return cls(**value)  # type: ignore[arg-type]  # every field was just checked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from r1q.calibration.stages import Stage
 from r1q.core.grids import Bytes, bytes_to_floats, float_bytes, pack
-from r1q.core.qtensor import Floats
+from r1q.core.qtensor import Floats, QuantizedTensor
 from r1q.core.recipe import PlannedTensor
+from r1q.core.scheme import Scheme
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq import gptq
 from r1q.quantize.gptq.factor import Factor
@@ -19,8 +21,9 @@ from r1q.quantize.rtn import rtn
 from r1q.quantize.run import Slab
 from r1q.quantize.source import FloatSource, sum_of_squares
 
-# Rows are coded in slabs of about this many weights: 64 MB in float32, of which some five are alive. It decides last bits.
-SLAB_WEIGHTS = 1 << 24
+# What is done to a slab besides coding takes this many weights at a time: the first number decides last bits.
+MOVED_WEIGHTS = 1 << 22
+STORED_WEIGHTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,41 +37,57 @@ class Fit:
 
 def code_matrix(source: FloatSource, planned: PlannedTensor, fit: Fit, engine: Engine) -> tuple[Slab, Tensor]:
     """Return a matrix coded, and its values [rows, columns] for the forward pass, in the engine's dtype and on its device."""
-    spec = planned.spec
+    spec, scheme = planned.spec, planned.scheme
     dtype = getattr(torch, engine.compute)
     values = torch.empty(spec.shape, dtype=dtype, device=engine.device)
-    stored = np.empty((spec.rows, planned.scheme.row_bytes(spec.columns)), np.uint8)
+    stored = np.empty((spec.rows, scheme.row_bytes(spec.columns)), np.uint8)
     squared_error = squared_weight = 0.0
-    step = max(1, SLAB_WEIGHTS // spec.columns)
-    for start in range(0, spec.rows, step):
-        here = slice(start, min(start + step, spec.rows))
-        weights = np.ascontiguousarray(source.read_rows(spec.name, here.start, here.stop)).reshape(-1, spec.columns)
-        with np.errstate(over="ignore", invalid="ignore"):  # a scale beyond float16 shows in the error
-            stored[here], found = _code(weights, planned, fit, here, engine)
-            squared_error += sum_of_squares(found - weights)
-        squared_weight += sum_of_squares(weights)
-        values[here] = torch.from_numpy(found).to(engine.device, dtype)
-    coded = Slab(stored=stored, squared_error=squared_error, squared_weight=squared_weight)
-    return coded, values
+    for slab in _slices(0, spec.rows, engine.slab // spec.columns):
+        weights = np.ascontiguousarray(source.read_rows(spec.name, slab.start, slab.stop)).reshape(-1, spec.columns)
+        coded = _code(weights, scheme, fit, slab, engine)
+        for rows in _slices(slab.start, slab.stop, STORED_WEIGHTS // spec.columns):
+            here = slice(rows.start - slab.start, rows.stop - slab.start)
+            with np.errstate(over="ignore", invalid="ignore"):  # a scale beyond float16 shows in the error
+                stored[rows], found = _store(weights[here], coded, scheme, here)
+                squared_error += sum_of_squares(found - weights[here])
+            squared_weight += sum_of_squares(weights[here])
+            values[rows] = torch.from_numpy(found).to(engine.device, dtype)
+    result = Slab(stored=stored, squared_error=squared_error, squared_weight=squared_weight)
+    return result, values
 
 
-def _code(weights: Floats, planned: PlannedTensor, fit: Fit, rows: slice, engine: Engine) -> tuple[Bytes, Floats]:
-    scheme = planned.scheme
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    step = max(1, step)
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+
+
+def _code(weights: Floats, scheme: Scheme, fit: Fit, rows: slice, engine: Engine) -> QuantizedTensor | None:
+    """Return rows of a matrix coded, None where they stay floats."""
     if scheme.facts.family == "float":
+        return None
+    if fit.factor is None:
+        return rtn(weights, scheme, fit.importance)
+    return gptq(_moved(weights, fit, rows, engine), fit.factor, scheme, threads=engine.threads)
+
+
+def _store(weights: Floats, coded: QuantizedTensor | None, scheme: Scheme, rows: slice) -> tuple[Bytes, Floats]:
+    """Return the stored bytes of some `rows` of what was coded, and the values they stand for."""
+    if coded is None:
         stored = float_bytes(scheme.grid, weights)
         return stored, bytes_to_floats(scheme.grid, stored).reshape(weights.shape)
-    if fit.factor is None:
-        tensor = rtn(weights, scheme, fit.importance)
-    else:
-        tensor = gptq(_moved(weights, fit, rows, engine), fit.factor, scheme, threads=engine.threads)
-    return pack(scheme, tensor.codes, tensor.params), tensor.dequantize()
+    params = {name: array[rows] for name, array in coded.params.items()}
+    part = QuantizedTensor(scheme=scheme, codes=coded.codes[rows], params=params)
+    return pack(scheme, part.codes, part.params), part.dequantize()
 
 
 def _moved(weights: Floats, fit: Fit, rows: slice, engine: Engine) -> Floats:
     """Return the weights moved toward what makes good the drift of their inputs, by the engine's share of the way."""
-    if fit.factor is None or fit.stage.drift is None or not engine.pull:
+    factor, drift = fit.factor, fit.stage.drift
+    if factor is None or drift is None or not engine.pull:
         return weights
-    given = torch.from_numpy(weights).to(engine.device)
-    pull = fit.stage.drift[rows] if fit.stage.residual else given @ fit.stage.drift
-    moved = given + fit.factor.solve(pull * (engine.pull / fit.stage.tokens))
-    return np.ascontiguousarray(moved.cpu().numpy())
+    moved = np.empty_like(weights)
+    for here in _slices(0, len(weights), MOVED_WEIGHTS // weights.shape[1]):
+        given = torch.from_numpy(weights[here]).to(engine.device)
+        pull = drift[rows.start + here.start : rows.start + here.stop] if fit.stage.residual else given @ drift
+        moved[here] = (given + factor.solve(pull * (engine.pull / fit.stage.tokens))).cpu().numpy()
+    return moved

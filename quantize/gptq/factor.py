@@ -1,7 +1,7 @@
-"""From second moments to the factor that GPTQ's column loop runs on: damping, shrinkage, and one Cholesky factorisation.
+"""From second moments to the factor that GPTQ's column loop runs on: damping, shrinkage, and one Cholesky factorisation in place.
 
-H = R·D·Rᵀ with R unit upper triangular. Reversing rows and columns of H makes R the ordinary lower Cholesky factor, so neither an
-inverse nor a third K × K array is needed.
+H = R·D·Rᵀ with R unit upper triangular. Reversing rows and columns of H makes R the ordinary lower Cholesky factor, so no inverse is
+needed, and the factor takes the place of the moments: one K × K array in all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ Floats = NDArray[np.float32]
 DAMP = 0.05
 _RAISED = (1.0, 2.0, 4.0, 8.0, 16.0)
 _FLOOR = 1e-6
+_PANEL = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,11 @@ class Factor:
 
     def solve(self, right: Tensor) -> Tensor:
         """Return `right`·H⁻¹ of rows [rows, K]."""
-        return torch.cholesky_solve(right.flip(1).T, self.reversed_lower).T.flip(1)
+        # Not torch.cholesky_solve, which copies the factor.
+        lower = self.reversed_lower
+        half = torch.linalg.solve_triangular(lower.mT, right.flip(1), upper=True, left=False)
+        whole: Tensor = torch.linalg.solve_triangular(lower, half, upper=False, left=False)
+        return whole.flip(1)
 
 
 def shrink(moment: Tensor, tokens: int) -> float:
@@ -57,35 +62,54 @@ def shrink(moment: Tensor, tokens: int) -> float:
 
 
 def factorize(moment: Tensor, damp: float = DAMP) -> Factor | None:
-    """Factor the second moments [K, K] of reversed columns (lower triangle read); None when no damping makes them positive definite.
+    """Factor the second moments [K, K] of reversed columns (lower triangle read) in place: `moment` becomes the factor.
 
-    A column that is always 0 gets a diagonal of 1: nothing depends on it. Damping is `damp` times the mean diagonal, doubled up to
-    four times; then every diagonal entry is raised to a floor.
+    None when no damping makes them positive definite; `moment` is of no use then. A column that is always 0 gets a diagonal of 1:
+    nothing depends on it. Damping is `damp` times the mean diagonal, doubled up to four times; then every diagonal entry is raised
+    to a floor.
     """
     diagonal = moment.diagonal().clone()
     if not bool(torch.isfinite(diagonal).all()):
         return None
     diagonal = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal))
     mean = float(diagonal.double().mean())
-    for times in _RAISED:
-        found = _try(moment, diagonal + damp * times * mean)
-        if found is not None:
-            return Factor(reversed_lower=found, stiffness=_stiffness(found), damp=damp * times)
-    floored = diagonal.clamp_min(float(diagonal.max()) * _FLOOR) + damp * _RAISED[-1] * mean
-    found = _try(moment, floored)
-    return None if found is None else Factor(reversed_lower=found, stiffness=_stiffness(found), damp=damp * _RAISED[-1])
+    _mirror(moment, moment.mT)  # the upper triangle keeps what the lower one was
+    floored = diagonal.clamp_min(float(diagonal.max()) * _FLOOR)
+    tries = [(diagonal, damp * times) for times in _RAISED] + [(floored, damp * _RAISED[-1])]
+    for number, (raised, share) in enumerate(tries):
+        if number:
+            _mirror(moment.mT, moment)
+        moment.diagonal().copy_(raised + share * mean)
+        if _factor_in_place(moment):
+            lower = moment.tril_()
+            stiffness = np.ascontiguousarray(lower.diagonal().flip(0).square().cpu().numpy())
+            return Factor(reversed_lower=lower, stiffness=stiffness, damp=share)
+    return None
 
 
-def _try(moment: Tensor, diagonal: Tensor) -> Tensor | None:
-    # A transposed row-major copy is column-major, which LAPACK factors in place; its lower triangle is the moment's upper one,
-    # so the copy is made from the transpose.
-    work = torch.empty_like(moment).mT
-    work.copy_(moment)
-    work.diagonal().copy_(diagonal)
-    info = torch.empty((), dtype=torch.int32, device=moment.device)
-    torch.linalg.cholesky_ex(work, out=(work, info))
-    return None if int(info) else work
+def _mirror(source: Tensor, out: Tensor) -> None:
+    """Copy the strictly lower triangle of `source` [K, K] to that of `out`, which may be its transpose."""
+    for start in range(0, len(source), _PANEL):
+        stop = start + _PANEL
+        corner = source[start:stop, start:stop].tril(-1)
+        out[start:stop, start:stop] = out[start:stop, start:stop].triu() + corner
+        out[stop:, start:stop] = source[stop:, start:stop]
 
 
-def _stiffness(lower: Tensor) -> Floats:
-    return np.ascontiguousarray(lower.diagonal().flip(0).square().cpu().numpy())
+def _factor_in_place(work: Tensor) -> bool:
+    """Turn the lower triangle of `work` [K, K] into its Cholesky factor, a panel of columns at a time; False where there is none.
+
+    The strictly upper triangle stays as it is. LAPACK's own routine costs a second K × K array through torch, and is no faster.
+    """
+    for start in range(0, len(work), _PANEL):
+        stop = min(start + _PANEL, len(work))
+        block = work[start:stop, start:stop]
+        above = block.triu(1)
+        work[start:, start:stop].addmm_(work[start:, :start], work[start:stop, :start].mT, alpha=-1)
+        corner, info = torch.linalg.cholesky_ex(block)
+        block.copy_(corner.tril() + above)
+        if int(info):
+            return False
+        below = work[stop:, start:stop]
+        below.copy_(torch.linalg.solve_triangular(corner.mT, below, upper=True, left=False))
+    return True
