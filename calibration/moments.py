@@ -26,4 +26,7 @@ def add_second_moment(total: Tensor, inputs: Tensor, dtype: torch.dtype) -> None
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
     """Add leftᵀ·right of [tokens, rows] and [tokens, columns] to `total` [rows, columns] (float32), multiplied in `dtype`."""
-    total += (left.to(dtype).T @ right.to(dtype)).to(total.dtype)
+    left, right = left.to(dtype), right.to(dtype)
+    for start in range(0, left.shape[1], _PANEL):  # a product whole would be a second array of the size of `total`
+        here = slice(start, start + _PANEL)
+        total[here] += (left[:, here].T @ right).to(total.dtype)
