@@ -34,7 +34,17 @@ from r1q.models.rope import Rotation, rotation
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq.factor import factorize, shrink
 from r1q.quantize.matrix import Fit, code_matrix
-from r1q.quantize.run import STATE_STEM, Event, Finished, Request, Slab, block_files, stored_slabs, write_block
+from r1q.quantize.run import (
+    SLAB_WEIGHTS,
+    STATE_STEM,
+    Event,
+    Finished,
+    Request,
+    Slab,
+    block_files,
+    stored_slabs,
+    write_block,
+)
 from r1q.quantize.source import FloatSource
 
 Tokens = NDArray[np.int64]
@@ -81,6 +91,7 @@ class Calibrated:
     folder: Path
     events: list[str] = field(default_factory=list)
     _streams: Streams | None = None
+    _told: int = 0
 
     def embed(self, coded: RowReader) -> None:
         """Begin before the first block: the coded stream from the `coded` embedding, the exact one from the source's."""
@@ -106,18 +117,26 @@ class Calibrated:
     def block(self, layer: int, tensors: Sequence[PlannedTensor], coded: dict[str, Slab]) -> Iterator[Event]:
         """Code the matrices of block `layer` into `coded`, by name; an event follows each stage."""
         self.events.clear()
+        self._told = 0
         by_kind = {f"{tensor.spec.kind}.{tensor.spec.part}": tensor for tensor in tensors}
         walk = self._walk(by_kind)
         for stage in walk.stages(self._at):
             fit = self._fit(stage, layer)
+            yield from self._noted()
             for kind in stage.kinds:
                 planned = by_kind[f"{kind}.weight"]
                 coded[planned.spec.name], walk.coded[f"{kind}.weight"] = code_matrix(
                     self.source, planned, fit, self.engine
                 )
             yield Event(what="stage", name=f"blk.{layer}.{stage.kinds[-1]}", count=len(stage.kinds))
+            del stage, fit  # the next stage's statistics need the room
         if not bool(torch.isfinite(self._at.coded).all()):
             raise InputError(f"block {layer}, quantized, makes numbers that are not finite; keep more of it in float")
+
+    def _noted(self) -> Iterator[Event]:
+        """Yield an event for each line of `events` that is new."""
+        yield from (Event(what="note", name=line) for line in self.events[self._told :])
+        self._told = len(self.events)
 
     def head_importance(self, norm: str) -> Floats:
         """Return the mean squared inputs [hidden_size] of the head, behind the norm of that name."""
@@ -198,7 +217,7 @@ class Calibrated:
     def _matrix(self, planned: PlannedTensor) -> Tensor:
         spec = planned.spec
         values = torch.empty(spec.shape, dtype=getattr(torch, self.engine.compute), device=self.engine.device)
-        step = max(1, (1 << 24) // spec.columns)
+        step = max(1, SLAB_WEIGHTS // spec.columns)
         for start in range(0, spec.rows, step):
             stop = min(start + step, spec.rows)
             rows = np.require(self.source.read_rows(spec.name, start, stop), requirements=["C", "W"])
@@ -235,6 +254,7 @@ def write_files(source: FloatSource, request: Request, folder: Path, finished: F
         for file, tensors in files.items():
             if file in finished:
                 yield Event(what="kept", name=file, count=len(tensors))
+                yield from (Event(what="note", name=line) for line in finished[file].events)
                 continue
             yield from _write_file(run, request, file, tensors, finished)
 
@@ -260,9 +280,8 @@ def _write_file(
     done: list[TensorRecord] = []
     yield from write_block(folder / file, tensors, store, done)
     state = "" if layer is None else run.save(layer + 1)
-    entry = FinishedFile(
-        file=file, sha256=sha256_file(folder / file), records=tuple(done), events=tuple(run.events), state=state
-    )
+    events = () if layer is None else tuple(run.events)
+    entry = FinishedFile(file=file, sha256=sha256_file(folder / file), records=tuple(done), events=events, state=state)
     journal.append(folder, entry)
     finished[file] = entry
     if layer is not None:

@@ -32,7 +32,7 @@ STATE_STEM = "hidden-"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One step of a run. `what` is `kept` (a block file of `count` tensors from an earlier run), `stage` (a stage of a block is
-    coded), `tensor`, `file`, `done` or `already done`.
+    coded), `note` (`name` says what was done otherwise than asked), `tensor`, `file`, `done` or `already done`.
     """
 
     what: str
