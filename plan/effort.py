@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 from r1q.core.checkpoint import JOB
@@ -18,8 +20,7 @@ if TYPE_CHECKING:
 # Instruction sets that change the last bits of a sum, widest first; those with bfloat16 products come before all.
 _BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 _LADDER = (*_BFLOAT16, "avx512f", "avx2", "asimd")
-_STEPS = 40
-"""Training steps a block with effort high."""
+_PASSES: Mapping[Effort, int] = MappingProxyType({"fast": 0, "default": 2, "high": 8})
 
 
 def choose_engine(job: Job, checkpoint: Path) -> Engine:
@@ -44,7 +45,7 @@ def choose_engine(job: Job, checkpoint: Path) -> Engine:
         compute="bfloat16" if found in _BFLOAT16 or job.device != "cpu" else "float32",
         device=job.device,
         damp=job.damp,
-        steps=_STEPS if effort == "high" else 0,
+        passes=_PASSES[effort],
     )
 
 

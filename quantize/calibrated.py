@@ -198,7 +198,7 @@ class Calibrated:
         importance = (stage.moment.diagonal().flip(0) / stage.tokens).cpu().numpy().astype(np.float32)
         moment = stage.moment.div_(stage.tokens)
         shrink(moment, stage.tokens)
-        factor = factorize(moment, self.engine.damp)
+        factor = factorize(moment, self.engine.damp, keep=self.engine.passes > 0)
         where = f"blk.{layer}.{'/'.join(stage.kinds)}"
         if factor is None:
             if not np.isfinite(importance).all():

@@ -18,12 +18,12 @@ _FREE = "spill"
 class Engine:
     """How a calibrated run computes.
 
-    `effort`: `fast` fits each layer to the coded model's own inputs; `default` also makes good what earlier layers have shifted;
-    `high` then trains every block. `damp`: share of the mean diagonal added to second moments. `pull`: share of the least-squares
-    shift that is taken (all of it overfits the calibration text). `compute`: dtype of matrix products. `tile`: tokens summed at
-    once. `threads` and `isa`: cores and instruction set, which decide the last bits of sums. `steps`: training steps a block.
-
-    `slab`: weights of a matrix coded at once, for the same reason. `spill`: whether hidden states lie in files instead of memory.
+    `effort`: `fast` fits each layer to the coded model's own inputs; `default` also makes good what earlier layers have shifted, with
+    the float model running beside; `high` refines longer. `passes`: how often a coded matrix is refined as a whole. `damp`: share of
+    the mean diagonal added to second moments. `pull`: share of the least-squares shift that is taken (all of it overfits the
+    calibration text). `compute`: dtype of matrix products. `tile`: tokens summed at once. `slab`: weights of a matrix coded at once.
+    `threads` and `isa`: cores and instruction set. All of these decide last bits. `spill`: whether hidden states lie in files
+    instead of memory, which decides none.
     """
 
     effort: Effort
@@ -34,8 +34,7 @@ class Engine:
     damp: float = 0.05
     pull: float = 0.5
     tile: int = 2048
-    steps: int = 0
-    seed: int = 0
+    passes: int = 1
     slab: int = 1 << 24
     spill: bool = False
 
@@ -51,7 +50,7 @@ class Engine:
     @classmethod
     def from_dict(cls, value: Mapping[str, object]) -> Engine:
         """Read an engine back. Raises `TypeError` or `ValueError` for what is not one."""
-        types = {"threads": int, "damp": float, "pull": float, "tile": int, "steps": int, "seed": int, "slab": int}
+        types = {"threads": int, "damp": float, "pull": float, "tile": int, "passes": int, "slab": int}
         names = [field.name for field in fields(cls) if field.name != _FREE]
         if set(value) != set(names) or not all(isinstance(value[name], types.get(name, str)) for name in names):
             raise ValueError("not the engine of a calibrated run")

@@ -1,4 +1,4 @@
-"""One matrix of a calibrated run: read in slabs of rows, moved against the drift, coded by GPTQ, packed."""
+"""One matrix of a calibrated run: read in slabs of rows, moved against the drift, coded by GPTQ, refined, packed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from r1q.core.scheme import Scheme
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq import gptq
 from r1q.quantize.gptq.factor import Factor
+from r1q.quantize.refine import refine
 from r1q.quantize.rtn import rtn
 from r1q.quantize.run import Slab
 from r1q.quantize.source import FloatSource, sum_of_squares
@@ -67,7 +68,11 @@ def _code(weights: Floats, scheme: Scheme, fit: Fit, rows: slice, engine: Engine
         return None
     if fit.factor is None:
         return rtn(weights, scheme, fit.importance)
-    return gptq(_moved(weights, fit, rows, engine), fit.factor, scheme, threads=engine.threads)
+    wanted = _moved(weights, fit, rows, engine)
+    coded = gptq(wanted, fit.factor, scheme, threads=engine.threads)
+    if not engine.passes:
+        return coded
+    return refine(coded, wanted, fit.factor, passes=engine.passes, threads=engine.threads)
 
 
 def _store(weights: Floats, coded: QuantizedTensor | None, scheme: Scheme, rows: slice) -> tuple[Bytes, Floats]:

@@ -25,12 +25,14 @@ _PANEL = 512
 class Factor:
     """H = R·D·Rᵀ: `reversed_lower` [K, K] is √D-scaled R with rows and columns in reverse; `stiffness` [K] is D.
 
-    `damp` is what was added to the diagonal, in shares of its mean.
+    `damp` is what was added to the diagonal, in shares of its mean; `moment` is H so damped, whole, rows and columns in reverse, if it
+    was kept.
     """
 
     reversed_lower: Tensor
     stiffness: Floats
     damp: float
+    moment: Tensor | None = None
 
     def panel(self, start: int, stop: int) -> Tensor:
         """Return R[:stop, start:stop], float32, contiguous; ones on the diagonal of its last rows."""
@@ -61,12 +63,12 @@ def shrink(moment: Tensor, tokens: int) -> float:
     return share
 
 
-def factorize(moment: Tensor, damp: float = DAMP) -> Factor | None:
+def factorize(moment: Tensor, damp: float = DAMP, *, keep: bool = False) -> Factor | None:
     """Factor the second moments [K, K] of reversed columns (lower triangle read) in place: `moment` becomes the factor.
 
     None when no damping makes them positive definite; `moment` is of no use then. A column that is always 0 gets a diagonal of 1:
     nothing depends on it. Damping is `damp` times the mean diagonal, doubled up to four times; then every diagonal entry is raised
-    to a floor.
+    to a floor. `keep` makes a copy for who needs H itself besides.
     """
     diagonal = moment.diagonal().clone()
     if not bool(torch.isfinite(diagonal).all()):
@@ -80,10 +82,11 @@ def factorize(moment: Tensor, damp: float = DAMP) -> Factor | None:
         if number:
             _mirror(moment.mT, moment)
         moment.diagonal().copy_(raised + share * mean)
+        kept = _whole(moment) if keep else None
         if _factor_in_place(moment):
             lower = moment.tril_()
             stiffness = np.ascontiguousarray(lower.diagonal().flip(0).square().cpu().numpy())
-            return Factor(reversed_lower=lower, stiffness=stiffness, damp=share)
+            return Factor(reversed_lower=lower, stiffness=stiffness, damp=share, moment=kept)
     return None
 
 
@@ -94,6 +97,13 @@ def _mirror(source: Tensor, out: Tensor) -> None:
         corner = source[start:stop, start:stop].tril(-1)
         out[start:stop, start:stop] = out[start:stop, start:stop].triu() + corner
         out[stop:, start:stop] = source[stop:, start:stop]
+
+
+def _whole(moment: Tensor) -> Tensor:
+    """Return a copy of which both triangles are the lower one."""
+    copy = moment.clone()
+    _mirror(copy, copy.mT)
+    return copy
 
 
 def _factor_in_place(work: Tensor) -> bool:
