@@ -14,13 +14,15 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from r1q.core.blocks import LAYOUTS
 from r1q.core.qtensor import Codes, Floats, QuantizedTensor
 from r1q.core.scheme import Scheme
 from r1q.quantize.gptq.factor import Factor
 
-_WIDTH = 256
+WIDTH = 256
+"""Columns of a panel, at most: inside it errors are fed on column by column, from panel to panel by matrix products."""
 _ROWS = 64
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -47,28 +49,64 @@ def gptq(weights: Floats, factor: Factor, scheme: Scheme, *, threads: int) -> Qu
     codes = np.empty((rows, columns), np.uint8)
     params = _empty_params(scheme, rows, columns)
     errors = torch.zeros((rows, columns))
-    source = torch.from_numpy(weights)
-    width, coder = _width(scheme, columns), _coder(scheme)
+    width = _width(scheme, columns)
+    code = _code_wide if width > WIDTH else _code_narrow
     for start in range(0, columns, width):
-        stop = min(start + width, columns)
-        panel = factor.panel(start, stop)
-        targets = source[:, start:stop].contiguous()
-        if start:
-            targets += errors[:, :start] @ panel[:start]
-        work = Panel(
-            targets=targets.numpy(),
-            weights=np.ascontiguousarray(weights[:, start:stop]),
-            mix=panel[start:].numpy(),
-            stiffness=np.ascontiguousarray(factor.stiffness[start:stop]),
-        )
-        missed = np.empty((rows, stop - start), np.float32)
-        entries = {name: _columns(array, start, stop, columns) for name, array in params.items()}
-        _code_rows(coder, work, codes[:, start:stop], entries, missed, threads)
-        errors[:, start:stop] = torch.from_numpy(missed)
+        here = slice(start, min(start + width, columns))
+        # Contiguous, as every kernel is then compiled for one memory layout.
+        part = np.empty((rows, here.stop - start), np.uint8)
+        entries = _empty_params(scheme, rows, here.stop - start)
+        missed = code(weights[:, here], errors[:, :start], factor, scheme, part, entries, threads)
+        codes[:, here], errors[:, here] = part, torch.from_numpy(missed)
+        for name, array in params.items():
+            _columns(array, here, columns)[:] = entries[name]
     return QuantizedTensor(scheme=scheme, codes=codes, params=_typed(scheme, params))
 
 
-def _code_rows(coder: Coder, work: Panel, codes: Codes, entries: Arrays, missed: Floats, threads: int) -> None:
+def _code_narrow(
+    weights: Floats, errors: Tensor, factor: Factor, scheme: Scheme, codes: Codes, entries: Arrays, threads: int
+) -> Floats:
+    """Code the columns behind those that have `errors`, and return theirs."""
+    from r1q.quantize.gptq import coders
+
+    missed = np.empty(weights.shape, np.float32)
+    work = panel_of(weights, weights, errors, factor, errors.shape[1])
+    code_rows(partial(coders.CODERS[scheme.grid], scheme), work, codes, entries, missed, threads)
+    return missed
+
+
+def _code_wide(
+    weights: Floats, errors: Tensor, factor: Factor, scheme: Scheme, codes: Codes, entries: Arrays, threads: int
+) -> Floats:
+    """Do the same for one group of columns that is wider than a panel."""
+    from r1q.quantize.gptq.wide_groups import code_wide_group
+
+    with np.errstate(over="ignore", invalid="ignore"):  # weights that nothing fits come out infinite
+        coded = code_wide_group(weights, errors, factor, scheme, threads)
+        codes[:] = coded.codes
+        entries["scales"][:] = coded.step.astype(np.float16).view(np.uint16)
+        if not scheme.symmetric:
+            zero = np.divide(coded.floor, coded.step, out=np.zeros_like(coded.step), where=coded.step != 0)
+            entries["zeros"][:] = np.rint(zero)
+    return coded.errors
+
+
+def panel_of(weights: Floats, targets: Floats, errors: Tensor, factor: Factor, start: int, first: int = 0) -> Panel:
+    """Return the columns from `start` on in work: their targets moved by the `errors` of columns from `first` on."""
+    stop = start + weights.shape[1]
+    panel = factor.panel(start, stop)
+    moved = torch.from_numpy(np.array(targets))
+    if errors.shape[1]:
+        moved += errors @ panel[first : first + errors.shape[1]]
+    return Panel(
+        targets=moved.numpy(),
+        weights=np.ascontiguousarray(weights),
+        mix=panel[start:].numpy(),
+        stiffness=np.ascontiguousarray(factor.stiffness[start:stop]),
+    )
+
+
+def code_rows(coder: Coder, work: Panel, codes: Codes, entries: Arrays, missed: Floats, threads: int) -> None:
     """Code slabs of rows on threads of our own; rows are independent, so neither slabs nor threads change a byte."""
 
     def one(first: int) -> None:
@@ -83,7 +121,7 @@ def _code_rows(coder: Coder, work: Panel, codes: Codes, entries: Arrays, missed:
 
 def _width(scheme: Scheme, columns: int) -> int:
     group = scheme.group(columns)
-    return group * max(1, _WIDTH // group)
+    return group * max(1, WIDTH // group)
 
 
 def _empty_params(scheme: Scheme, rows: int, columns: int) -> Arrays:
@@ -100,17 +138,11 @@ def _empty_params(scheme: Scheme, rows: int, columns: int) -> Arrays:
     }
 
 
-def _columns(array: NDArray[np.generic], start: int, stop: int, columns: int) -> NDArray[np.generic]:
-    """Return the entries of a stored field that belong to columns [start, stop)."""
+def _columns(array: NDArray[np.generic], here: slice, columns: int) -> NDArray[np.generic]:
+    """Return the entries of a stored field that belong to the columns `here`."""
     each = array.shape[1]
-    return array[:, start * each // columns : stop * each // columns]
+    return array[:, here.start * each // columns : here.stop * each // columns]
 
 
 def _typed(scheme: Scheme, params: Arrays) -> Arrays:
     return {name: array.view(np.float16) if array.dtype == np.uint16 else array for name, array in params.items()}
-
-
-def _coder(scheme: Scheme) -> Coder:
-    from r1q.quantize.gptq import coders
-
-    return partial(coders.CODERS[scheme.grid], scheme)

@@ -71,10 +71,15 @@ def _integer(scheme: Scheme, work: Panel, codes: Any, fields: Any, missed: Any) 
     if not scheme.symmetric:
         _floor(scheme, work, codes, fields, missed)
         return
-    zero = middle(scheme.facts.bits)
+    zero, low, high = symmetric_levels(scheme.facts.bits)
+    _single(scheme, work, codes, fields, missed, zero=zero, low=low, high=high)
+
+
+def symmetric_levels(bits: int) -> tuple[int, int, int]:
+    """Return the code of zero, the lowest and the highest level of the symmetric integers."""
+    zero = middle(bits)
     # −128 is left out at 8 bits, as in Q8_0
-    low = -127 if scheme.facts.bits == 8 else -zero
-    _single(scheme, work, codes, fields, missed, zero=zero, low=low, high=zero - 1)
+    return zero, -127 if bits == 8 else -zero, zero - 1
 
 
 # Levels whose low is above their high are the codebook of iq4 (lane_coding).

@@ -17,6 +17,8 @@ from r1q.quantize.grids.lanes import LANES
 
 CODEBOOK_LOW = np.float32(1.0)
 """As `low` (with `high` below it) it stands for iq4's sixteen uneven levels instead of a range of integers."""
+UNFIT = np.float32(np.inf)
+"""The step of a group that no step on trial fits, as with weights beyond float16's reach: its values are not finite."""
 
 
 @inlined

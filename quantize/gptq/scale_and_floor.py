@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from r1q.quantize.gptq.lane_coding import (
+    UNFIT,
     commit,
     gather_rows,
     group_errors,
@@ -13,6 +14,7 @@ from r1q.quantize.gptq.lane_coding import (
     scatter_codes,
     scatter_rows,
 )
+from r1q.quantize.gptq.single_scale import SPREAD
 from r1q.quantize.grids.arithmetic import (
     ONE,
     ZERO,
@@ -27,8 +29,6 @@ from r1q.quantize.grids.arithmetic import (
 )
 from r1q.quantize.grids.lanes import LANES, fresh
 from r1q.quantize.grids.scale_and_minimum import FIRST, STEP, STEPS, search_offset
-
-_SPREAD = np.float32(0.02)
 
 
 @kernel
@@ -56,6 +56,8 @@ def code_scale_and_floor(
             group_values(t, start, size, values)
             group_errors(stiffness, start, size, importance)
             search_offset(values, importance, size, top, FIRST, STEP, STEPS, False, spelled, scale0, floor0)
+            best[:] = UNFIT
+            best_floor[:] = ZERO
             best_loss[:] = np.float32(np.inf)
             for wider in range(-tries, tries + 1):
                 for lower in range(-tries, tries + 1):
@@ -78,13 +80,13 @@ def _propose(
 ) -> None:  # fmt: skip
     """Fill `step` and `floor` with a pair that the file can hold, `wider` and `lower` notches off the searched one."""
     for lane in range(LANES):
-        step[lane] = half_value(half_bits(scale0[lane] * (ONE + _SPREAD * wider)))
+        step[lane] = half_value(half_bits(scale0[lane] * (ONE + SPREAD * wider)))
         if whole_zero:
             zero = np.float32(nearest(floor0[lane] / step[lane])) + lower if step[lane] != ZERO else ZERO
             zero = top if zero > top else (ZERO if zero < ZERO else zero)
             floor[lane] = step[lane] * zero
         else:
-            floor[lane] = -half_value(half_bits(-(floor0[lane] + lower * _SPREAD * top * scale0[lane])))
+            floor[lane] = -half_value(half_bits(-(floor0[lane] + lower * SPREAD * top * scale0[lane])))
 
 
 @inlined

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r1q.quantize.gptq.lane_coding import (
+    UNFIT,
     commit,
     gather_rows,
     group_errors,
@@ -18,7 +19,7 @@ from r1q.quantize.gptq.lane_coding import (
     scatter_rows,
 )
 from r1q.quantize.gptq.scale_and_floor import keep_pair
-from r1q.quantize.grids.arithmetic import ZERO, Codes, Floats, Halves, half_value, inlined, kernel, nearest
+from r1q.quantize.grids.arithmetic import ZERO, Codes, Floats, Halves, half_bits, half_value, inlined, kernel, nearest
 from r1q.quantize.grids.codebook_scale import search_codebook
 from r1q.quantize.grids.lanes import LANES, fresh
 from r1q.quantize.grids.scale_and_minimum import FIRST, STEP, STEPS, search_offset
@@ -32,8 +33,8 @@ def code_offset(
 ) -> None:  # fmt: skip
     """Code one super-block of all rows; codes are 0 … `top`, small scales and minimums 0 … `limit`.
 
-    Shapes: targets, weights, codes and errors [rows, 256]; mix [256, 256]; stiffness [256]; d and dmin [rows] (given);
-    sc and m [rows, 256 / size].
+    Shapes: targets, weights, codes and errors [rows, 256]; mix [256, 256]; stiffness [256]; d and dmin [rows] (given, and
+    spoilt where nothing fits); sc and m [rows, 256 / size].
     """
     columns, high = targets.shape[1], np.float32(top)
     t, w, levels, missed = fresh(columns), fresh(columns), fresh(columns), fresh(columns)
@@ -53,6 +54,8 @@ def code_offset(
             group_values(t, start, size, values)
             group_errors(stiffness, start, size, importance)
             search_offset(values, importance, size, top, FIRST, STEP, STEPS, False, spelled, scale0, floor0)
+            best[:] = UNFIT
+            best_floor[:] = ZERO
             best_loss[:] = np.float32(np.inf)
             for wider in range(-tries, tries + 1):
                 for lower in range(-tries, tries + 1):
@@ -61,6 +64,7 @@ def code_offset(
                     rehearse(t, w, mix, stiffness, start, size, step, floor, ZERO, high, trial, room, loss)
                     keep_pair(step, floor, loss, best, best_floor, best_loss)
             commit(t, w, mix, start, size, best, best_floor, ZERO, high, levels, missed, room)
+            _spoil(best, first, d)
             for lane in range(min(LANES, targets.shape[0] - first)):
                 sc[first + lane, group] = _multiple(best[lane], unit[lane])
                 m[first + lane, group] = _multiple(best_floor[lane], unit_floor[lane])
@@ -94,12 +98,15 @@ def code_signed(
                 search_codebook(values, importance, size, searched)
             else:
                 search_symmetric(values, importance, size, zero, spelled, searched)
+            best[:] = UNFIT
+            best_floor[:] = ZERO
             best_loss[:] = np.float32(np.inf)
             for wider in range(-tries, tries + 1):
                 _multiples(searched, unit, wider, lowest, highest, step)
                 rehearse(t, w, mix, stiffness, start, size, step, none, low, high, trial, room, loss)
                 keep_pair(step, none, loss, best, best_floor, best_loss)
             commit(t, w, mix, start, size, best, none, low, high, levels, missed, room)
+            _spoil(best, first, d)
             for lane in range(min(LANES, targets.shape[0] - first)):
                 sc[first + lane, group] = _multiple(best[lane], unit[lane])
         scatter_codes(levels, low, high, zero, first, codes)
@@ -114,6 +121,14 @@ def _units(stored: Halves, first: int, unit: Floats) -> None:
 
 
 @inlined
+def _spoil(best: Floats, first: int, d: Halves) -> None:
+    """Make `d` infinite where no step fitted: no small scale can say so, and the run refuses what is not finite."""
+    for lane in range(min(LANES, d.size - first)):
+        if best[lane] == UNFIT:
+            d[first + lane] = half_bits(UNFIT)
+
+
+@inlined
 def _multiples(wanted: Floats, unit: Floats, off: int, lowest: int, highest: int, out: Floats) -> None:
     """Fill `out` with the multiples of `unit` that are `off` notches from the one nearest to `wanted`, within the limits."""
     for lane in range(LANES):
@@ -123,4 +138,4 @@ def _multiples(wanted: Floats, unit: Floats, off: int, lowest: int, highest: int
 
 @inlined
 def _multiple(value: np.float32, unit: np.float32) -> int:
-    return int(nearest(value / unit)) if unit != ZERO else 0
+    return int(nearest(value / unit)) if unit != ZERO and value != UNFIT else 0
