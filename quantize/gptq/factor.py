@@ -66,15 +66,16 @@ def shrink(moment: Tensor, tokens: int) -> float:
 def factorize(moment: Tensor, damp: float = DAMP, *, keep: bool = False) -> Factor | None:
     """Factor the second moments [K, K] of reversed columns (lower triangle read) in place: `moment` becomes the factor.
 
-    None when no damping makes them positive definite; `moment` is of no use then. A column that is always 0 gets a diagonal of 1:
-    nothing depends on it. Damping is `damp` times the mean diagonal, doubled up to four times; then every diagonal entry is raised
-    to a floor. `keep` makes a copy for who needs H itself besides.
+    None when no damping makes them positive definite; `moment` is of no use then. A column that is always 0 gets the mean diagonal of
+    the others: nothing depends on it. Damping is `damp` times that mean, doubled up to four times; then every diagonal entry is
+    raised to a floor. `keep` makes a copy for who needs H itself besides.
     """
     diagonal = moment.diagonal().clone()
     if not bool(torch.isfinite(diagonal).all()):
         return None
-    diagonal = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal))
-    mean = float(diagonal.double().mean())
+    alive = diagonal > 0
+    mean = float(diagonal[alive].double().mean()) if bool(alive.any()) else 1.0
+    diagonal = torch.where(alive, diagonal, mean)
     _mirror(moment, moment.mT)  # the upper triangle keeps what the lower one was
     floored = diagonal.clamp_min(float(diagonal.max()) * _FLOOR)
     tries = [(diagonal, damp * times) for times in _RAISED] + [(floored, damp * _RAISED[-1])]
