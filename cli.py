@@ -40,6 +40,14 @@ COMMANDS = {
         "r1q.commands.inspect",
         "Say what PATH is: any GGUF or safetensors file, Hugging Face or GPTQ folder, or r1q's own.",
     ),
+    "calibrate": Lazy(
+        "r1q.commands.calibrate",
+        "Write llama.cpp's importance matrix of MODEL: which inputs of its layers are large on calibration text.",
+    ),
+    "traces": Lazy(
+        "r1q.commands.traces",
+        "Let MODEL answer generated problems itself, and keep how it thought: the text it is best calibrated on.",
+    ),
     "quantize": Lazy("r1q.commands.quantize", "Quantize MODEL into a file that runs here."),
     "verify": Lazy(
         "r1q.commands.verify",

@@ -6,8 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
+from r1q.calibration.trace_file import Step
+from r1q.plan.calibrate import Done
 from r1q.plan.plan import Plan
 from r1q.plan.walk import Exported
 from r1q.quantize.run import Event
@@ -30,18 +40,21 @@ def show_plan(console: Console, plan: Plan) -> None:
         console.print(f"  note: {line}", highlight=False)
 
 
-def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -> list[Path]:
-    """Draw the progress of a run and return the paths of what it made."""
-    columns = (
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+
+
+def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -> list[Path]:
+    """Draw the progress of a run and return the paths of what it made."""
     results: list[Exported] = []
     kept = written = 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*_columns(), console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("quantize", total=len(plan.tensors))
         for event in events:
             if isinstance(event, Exported):
@@ -62,6 +75,27 @@ def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -
     for result in results:
         show_exported(console, result)
     return [result.path for result in results]
+
+
+def show_calibration(console: Console, steps: Iterator[Done]) -> Path:
+    """Draw the progress of `r1q calibrate` and return the file it wrote."""
+    last = None
+    with Progress(*_columns(), console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("calibrate", total=None)
+        for last in steps:
+            progress.update(task, completed=last.blocks, total=last.all_blocks)
+    if last is None or last.path is None:
+        raise ValueError("the pass ended without a file")
+    console.print(f"done: {last.path} ({last.entries} tensors, {last.windows} windows)", highlight=False)
+    return last.path
+
+
+def show_traces(console: Console, steps: Iterator[Step]) -> None:
+    """Draw the progress of `r1q traces`."""
+    with Progress(*_columns(), console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("traces", total=None)
+        for step in steps:
+            progress.update(task, completed=step.done, total=step.count)
 
 
 def show_exported(console: Console, result: Exported) -> None:

@@ -1,4 +1,4 @@
-"""Write a random checkpoint of Qwen2-7B's shapes (or fewer layers) with a spread of weights as real ones have: generate.py FOLDER [LAYERS].
+"""Write a random checkpoint of Qwen2-7B's shapes, with a spread of weights as real ones have: generate.py FOLDER [LAYERS].
 
 Weights are normal, with log-normal scales by input column and a few columns ten times larger, as trained models have; the residual
 stream stays finite. The tokenizer is the embedded model's; its ids are the first of the vocabulary.
@@ -20,7 +20,8 @@ HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCABULARY = 3584, 18944, 28, 4, 128, 1520
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": HIDDEN, "intermediate_size": INNER,
     "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0, "max_position_embeddings": 32768, "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "bfloat16",
+    "rope_theta": 1000000.0, "max_position_embeddings": 32768, "tie_word_embeddings": False, "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
 }  # fmt: skip
 ROWS = 4096
 
