@@ -12,6 +12,8 @@ from r1q.core.checkpoint import JOB, JOURNAL, TensorRecord
 from r1q.core.errors import UsageError
 from r1q.core.files import explain_os_error, is_bare_name, json_bytes, sha256_file, write_json
 
+_NAMED = 3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedFile:
@@ -40,13 +42,23 @@ def open_job(folder: Path, job: Mapping[str, object]) -> None:
     if stored == json_bytes(job):
         return
     try:
-        before = json.loads(stored)
-        differs = sorted(key for key in {*before, *job} if before.get(key) != json.loads(json_bytes(job)).get(key))
+        differs = _differing(json.loads(stored), json.loads(json_bytes(job)))
     except (ValueError, AttributeError, TypeError, RecursionError):
         differs = ["job.json is damaged"]
     raise UsageError(
         f"{folder} holds another job (different: {', '.join(differs)}); choose another folder with -o or delete it"
     )
+
+
+def _differing(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """Return the names of entries that differ, as `engine.damp` where they lie one deeper and are not many."""
+    names: list[str] = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        inner = _differing(old, new) if isinstance(old, dict) and isinstance(new, dict) and old != new else []
+        if old != new:
+            names += [f"{key}.{name}" for name in inner] if 0 < len(inner) <= _NAMED else [key]
+    return names
 
 
 def finished_files(folder: Path) -> dict[str, FinishedFile]:

@@ -109,8 +109,9 @@ class Calibrated:
         if self._streams is not None:
             return
         if layer == 0:
-            records = next(iter(finished.values())).records  # the embedding's file comes first
-            self.embed(QuantizedCheckpoint(self.folder, {}, {record.spec.name: record for record in records}))
+            records = [record for entry in finished.values() for record in entry.records]
+            table = {record.spec.name: record for record in records if record.spec.kind == "token_embd"}
+            self.embed(QuantizedCheckpoint(self.folder, {}, table))
         else:
             self.resume(layer)
 

@@ -125,9 +125,9 @@ def quantize_checkpoint(source: FloatSource, request: Request, folder: Path) -> 
         from r1q.quantize.calibrated import write_files
 
         yield from write_files(source, request, folder, finished)
-    _write_manifest(folder, job, request, [finished[file] for file in block_files(request.planned)])
     for state in folder.glob(f"{STATE_STEM}*"):
-        state.unlink()
+        state.unlink()  # before the manifest, behind which nobody would look for them again
+    _write_manifest(folder, job, request, [finished[file] for file in block_files(request.planned)])
     yield Event(what="done")
 
 
