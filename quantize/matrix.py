@@ -22,8 +22,8 @@ from r1q.quantize.rtn import rtn
 from r1q.quantize.run import Slab
 from r1q.quantize.source import FloatSource, sum_of_squares
 
-# What is done to a slab besides coding takes this many weights at a time: the first number decides last bits.
-MOVED_WEIGHTS = 1 << 22
+# What is done to a slab besides coding takes this many weights at a time; the first of them decides last bits.
+PART_WEIGHTS = 1 << 22
 STORED_WEIGHTS = 1 << 20
 
 
@@ -70,9 +70,23 @@ def _code(weights: Floats, scheme: Scheme, fit: Fit, rows: slice, engine: Engine
         return rtn(weights, scheme, fit.importance)
     wanted = _moved(weights, fit, rows, engine)
     coded = gptq(wanted, fit.factor, scheme, threads=engine.threads)
-    if not engine.passes:
-        return coded
-    return refine(coded, wanted, fit.factor, passes=engine.passes, threads=engine.threads)
+    if engine.passes:
+        _refine(coded, wanted, fit.factor, engine)
+    return coded
+
+
+def _refine(coded: QuantizedTensor, wanted: Floats, factor: Factor, engine: Engine) -> None:
+    """Refine what was coded, in place, some rows at a time."""
+    for rows in _slices(0, len(wanted), PART_WEIGHTS // wanted.shape[1]):
+        better = refine(_part(coded, rows), wanted[rows], factor, passes=engine.passes, threads=engine.threads)
+        coded.codes[rows] = better.codes
+        for name, array in coded.params.items():
+            array[rows] = better.params[name]
+
+
+def _part(coded: QuantizedTensor, rows: slice) -> QuantizedTensor:
+    params = {name: array[rows] for name, array in coded.params.items()}
+    return QuantizedTensor(scheme=coded.scheme, codes=coded.codes[rows], params=params)
 
 
 def _store(weights: Floats, coded: QuantizedTensor | None, scheme: Scheme, rows: slice) -> tuple[Bytes, Floats]:
@@ -80,8 +94,7 @@ def _store(weights: Floats, coded: QuantizedTensor | None, scheme: Scheme, rows:
     if coded is None:
         stored = float_bytes(scheme.grid, weights)
         return stored, bytes_to_floats(scheme.grid, stored).reshape(weights.shape)
-    params = {name: array[rows] for name, array in coded.params.items()}
-    part = QuantizedTensor(scheme=scheme, codes=coded.codes[rows], params=params)
+    part = _part(coded, rows)
     return pack(scheme, part.codes, part.params), part.dequantize()
 
 
@@ -91,7 +104,7 @@ def _moved(weights: Floats, fit: Fit, rows: slice, engine: Engine) -> Floats:
     if factor is None or drift is None or not engine.pull:
         return weights
     moved = np.empty_like(weights)
-    for here in _slices(0, len(weights), MOVED_WEIGHTS // weights.shape[1]):
+    for here in _slices(0, len(weights), PART_WEIGHTS // weights.shape[1]):
         given = torch.from_numpy(weights[here]).to(engine.device)
         pull = drift[rows.start + here.start : rows.start + here.stop] if fit.stage.residual else given @ drift
         moved[here] = (given + factor.solve(pull * (engine.pull / fit.stage.tokens))).cpu().numpy()

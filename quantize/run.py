@@ -24,8 +24,8 @@ from r1q.quantize.engine import Engine
 from r1q.quantize.rtn import rtn
 from r1q.quantize.source import FloatSource, sum_of_squares
 
-# Rows are taken in slabs of about this many weights (16 MB in float32), which bounds memory; codes do not depend on it.
-SLAB_WEIGHTS = 1 << 22
+# Rows are taken in slabs of about this many weights (4 MB in float32), of which some nine are alive; codes do not depend on it.
+SLAB_WEIGHTS = 1 << 20
 STATE_STEM = "hidden-"
 
 
