@@ -44,6 +44,10 @@ COMMANDS = {
         "r1q.commands.calibrate",
         "Write llama.cpp's importance matrix of MODEL: which inputs of its layers are large on calibration text.",
     ),
+    "plan": Lazy(
+        "r1q.commands.plan",
+        "Say what r1q quantize would make of MODEL: bytes, disk, memory, time; reads headers alone.",
+    ),
     "traces": Lazy(
         "r1q.commands.traces",
         "Let MODEL answer generated problems itself, and keep how it thought: the text it is best calibrated on.",

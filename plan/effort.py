@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
@@ -23,11 +24,11 @@ _LADDER = (*_BFLOAT16, "avx512f", "avx2", "asimd")
 _PASSES: Mapping[Effort, int] = MappingProxyType({"fast": 0, "default": 2, "high": 8})
 
 
-def choose_engine(job: Job, checkpoint: Path) -> Engine:
-    """Return how the calibrated `job` computes here.
+def choose_engine(job: Job, checkpoint: Path) -> tuple[Engine, bool]:
+    """Return how the calibrated `job` computes here, and whether a run of it was begun.
 
-    A run in `checkpoint` that was begun is replayed with its own number of threads, unless another is asked for. Raises `UsageError`
-    where it was begun on another instruction set, whose sums differ.
+    A run in `checkpoint` that was begun is replayed with its own tiles and slabs, and its own number of threads unless another is
+    asked for. Raises `UsageError` where it was begun on another instruction set, whose sums differ.
     """
     features = look_around(Path.cwd()).features
     found = next((name for name in _LADDER if name in features), "plain")
@@ -38,7 +39,7 @@ def choose_engine(job: Job, checkpoint: Path) -> Engine:
             f"{checkpoint} was begun on {begun.isa} and this is {isa}: its numbers would differ; finish it there, or choose another -o"
         )
     effort = cast(Effort, job.effort or "default")
-    return Engine(
+    engine = Engine(
         effort=effort,
         threads=job.threads or (begun.threads if begun is not None else None) or look_around(Path.cwd()).cores,
         isa=isa,
@@ -47,6 +48,9 @@ def choose_engine(job: Job, checkpoint: Path) -> Engine:
         damp=job.damp,
         passes=_PASSES[effort],
     )
+    if begun is None:
+        return engine, False
+    return replace(engine, tile=begun.tile, slab=begun.slab), True
 
 
 def _begun(checkpoint: Path) -> Engine | None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r1q.core.artifact import OutputFolder, newest_output
-from r1q.core.errors import UsageError
+from r1q.core.errors import CheckError, ResourceError, UsageError
 from r1q.models.embedded import OpenedModel, open_model
 from r1q.plan.choose import Choice, Wish, choose_recipe
 from r1q.plan.plan import Plan, make_plan
+from r1q.plan.surroundings import memory_limit
 from r1q.plan.walk import Exported, quantize_model
+from r1q.quantize.engine import Engine
 from r1q.quantize.run import Calibration, Event
 
 OUTPUT_ROOT = Path("r1q-out")
@@ -39,6 +41,7 @@ class Job:
     damp: float = 0.05
     threads: int | None = None
     device: str = "cpu"
+    max_ram: str | None = None
     output: Path | None = None
     strict: bool = False
 
@@ -101,25 +104,51 @@ def job_folder(job: Job, plan: Plan) -> Path:
 
 
 def run_job(opened: OpenedJob, plan: Plan) -> Iterator[Event | Exported]:
-    """Quantize and export as `quantize_model` does, yielding its events."""
+    """Quantize and export as `quantize_model` does, yielding its events.
+
+    Raises `CheckError` with --strict at the first thing that had to be done otherwise than asked.
+    """
     job = opened.job
     output = OutputFolder(job_folder(job, plan))
-    calibration = _calibration(opened, output) if job.calibrated else None
-    yield from quantize_model(opened.model, plan, output, calibration)
+    calibration = _calibration(opened, plan) if job.calibrated else None
+    for event in quantize_model(opened.model, plan, output, calibration):
+        if job.strict and isinstance(event, Event) and event.what == "note":
+            raise CheckError(f"--strict: {event.name}")
+        yield event
 
 
-def _calibration(opened: OpenedJob, output: OutputFolder) -> Calibration:
+def _calibration(opened: OpenedJob, plan: Plan) -> Calibration:
     """Return the windows that the model will see, and the engine: that of the run which is in `output` already, or a new one."""
     from r1q.calibration.windows import make_windows
     from r1q.models.tokenizer import Tokenizer
-    from r1q.plan.effort import choose_engine
 
     job = opened.job
     windows = make_windows(
         job.calibration or "builtin", Tokenizer.open(opened.model.source.path), samples=job.samples, length=job.seq_len
     )
-    engine = choose_engine(job, output.checkpoint)
+    engine = planned_engine(opened, plan, windows.tokens.size)
     return Calibration(tokens=windows.tokens, record=windows.record, engine=engine)
+
+
+def planned_engine(opened: OpenedJob, plan: Plan, tokens: int | None = None) -> Engine:
+    """Return how the calibrated job computes here, within --max-ram or the control group's limit; `tokens` None takes what is asked.
+
+    A run that was begun keeps its own tiles and slabs, which decide last bits. Raises `ResourceError` where it does not fit.
+    """
+    from r1q.plan.effort import choose_engine
+    from r1q.plan.memory import fit_engine, parse_size
+
+    job = opened.job
+    engine, begun = choose_engine(job, OutputFolder(job_folder(job, plan)).checkpoint)
+    limit = parse_size(job.max_ram) if job.max_ram else memory_limit()
+    asked = job.samples * job.seq_len if tokens is None else tokens
+    fitted = fit_engine(opened.model.source.config, plan.tensors, engine, asked, limit)
+    if begun and (fitted.tile, fitted.slab) != (engine.tile, engine.slab):
+        raise ResourceError(
+            f"the run in {job_folder(job, plan)} was begun with more memory, and other tiles would change its last bits; "
+            "give it a larger --max-ram, or choose another -o"
+        )
+    return fitted
 
 
 def newest_or_embedded() -> Path:

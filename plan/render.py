@@ -18,6 +18,7 @@ from rich.progress import (
 
 from r1q.calibration.trace_file import Step
 from r1q.plan.calibrate import Done
+from r1q.plan.outlook import Outlook
 from r1q.plan.plan import Plan
 from r1q.plan.walk import Exported
 from r1q.quantize.run import Event
@@ -63,6 +64,8 @@ def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -
                 kept += 1
                 written += event.count
                 progress.update(task, completed=written)
+            elif event.what == "note":
+                console.print(f"  note: {event.name}", highlight=False)
             elif event.what == "stage":
                 progress.update(task, advance=event.count, description=event.name)
             elif event.what == "tensor":
@@ -75,6 +78,21 @@ def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -
     for result in results:
         show_exported(console, result)
     return [result.path for result in results]
+
+
+def show_outlook(console: Console, found: Outlook) -> None:
+    """Print what a run will take: bytes, memory, time."""
+    sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in found.bytes.items())
+    console.print(f"writes: {sizes}; disk {found.disk / 1e6:.0f} MB", highlight=False)
+    console.print(f"memory: about {found.memory / 1e6:.0f} MB ({found.memory_told})", highlight=False)
+    if found.spilled:
+        console.print("  hidden states go to files, to stay within the limit", highlight=False)
+    if found.seconds is not None:
+        console.print(f"time: about {_duration(found.seconds)} on this machine", highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def show_calibration(console: Console, steps: Iterator[Done]) -> Path:

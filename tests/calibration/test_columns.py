@@ -27,7 +27,7 @@ def test_sums_are_those_that_hooks_on_transformers_see(make_model: Callable[...,
     source = ModelSource.open(path)
     tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (3, 17))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).double().eval()
-    expected: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
+    expected: dict[str, np.ndarray] = {}
 
     def watch(name: str) -> None:
         def hook(_: object, inputs: tuple[torch.Tensor, ...]) -> None:

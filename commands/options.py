@@ -1,0 +1,70 @@
+"""The options that say what to quantize and how: those of r1q quantize and r1q plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+# Every parameter but --log-json, --dry-run and --quiet is a field of plan.job.Job with the same default; help lists them in this order.
+MODEL = click.Argument(["model"], required=False)
+GRID = (
+    click.Option(["--bits"], type=int, metavar="N", help="Bits per weight: 2, 3, 4 (default), 5, 6 or 8."),
+    click.Option(
+        ["--scheme"],
+        metavar="NAME|FILE",
+        help="A preset (q4_0, q4_k_m, q6_k, q8_0, bf16, …), one grid for every matrix (q4_k) or a recipe file (mix.toml).",
+    ),
+    click.Option(
+        ["--to", "formats"],
+        default="gguf",
+        show_default=True,
+        metavar="FORMAT,…",
+        help="gguf, gptq, both, or checkpoint.",
+    ),
+    click.Option(
+        ["--group-size"], type=int, metavar="N", help="Integers in groups of 32, 64, 128, or -1 for a whole row."
+    ),
+    click.Option(["--asymmetric"], is_flag=True, help="Integers with a zero point a group."),
+)
+METHOD = (
+    click.Option(
+        ["--effort"],
+        type=click.Choice(["fast", "default", "high"]),
+        help="Calibrate: fast (GPTQ), default (and make good what earlier layers shifted), high (and train blocks).",
+    ),
+    click.Option(
+        ["--calibration"],
+        metavar="SPEC",
+        help="Text to calibrate on: FILE.txt, FILE.jsonl, a folder, builtin; mixed as a.txt:0.5,builtin:0.5.  [default: builtin]",
+    ),
+    click.Option(
+        ["--samples"], type=click.IntRange(min=1), default=128, show_default=True, help="Windows of calibration text."
+    ),
+    click.Option(["--seq-len"], type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a window."),
+    click.Option(
+        ["--method"],
+        type=click.Choice(["rtn", "gptq"]),
+        help="rtn: round to nearest, no text. gptq: calibrated.  [default: gptq with --effort or --calibration, else rtn]",
+    ),
+    click.Option(
+        ["--imatrix"],
+        type=click.Path(path_type=Path),
+        help="Importance matrix of llama-imatrix for rtn to weigh errors by.",
+    ),
+    click.Option(
+        ["--damp"],
+        type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+        default=0.05,
+        show_default=True,
+        help="Share of the mean diagonal added to second moments.",
+    ),
+    click.Option(["--device"], default="cpu", show_default=True, help="Where calibration computes: cpu, or cuda."),
+    click.Option(
+        ["--max-ram"], metavar="SIZE", help="Memory to stay within, such as 6GiB.  [default: the control group's limit]"
+    ),
+    click.Option(["--threads"], type=click.IntRange(min=1), help="Threads.  [default: all physical cores]"),
+)
+OUTPUT = click.Option(
+    ["-o", "--output"], type=click.Path(path_type=Path), help="Output folder. [default: r1q-out/<model>-<scheme>]"
+)

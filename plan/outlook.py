@@ -1,0 +1,56 @@
+"""What a run will take, before any weight is read: bytes by format, disk, memory by part, time from a probe of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from r1q.plan.job import OpenedJob, planned_engine
+from r1q.plan.memory import memory_parts, tell
+from r1q.plan.plan import Plan
+
+_ROUNDING = {"program": 320 << 20, "rows in work": 40 << 20}
+"""Memory of plain rounding, measured on models of 135M and 484M weights; it does not grow with them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """`bytes` by format, `disk` and `memory` in bytes, `parts` of the memory, `seconds` None where nothing is calibrated."""
+
+    bytes: Mapping[str, int]
+    disk: int
+    memory: int
+    parts: Mapping[str, int]
+    spilled: bool
+    seconds: float | None
+
+    @property
+    def memory_told(self) -> str:
+        """The parts of the memory in a line."""
+        return tell(self.parts)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return everything as JSON can hold it."""
+        return asdict(self)
+
+
+def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
+    """Return what the job will take. Raises `ResourceError` where its memory does not fit."""
+    job = opened.job
+    sizes = dict.fromkeys(("checkpoint", *plan.formats), plan.bytes)
+    parts, spilled, seconds, hidden = dict(_ROUNDING), False, None, 0
+    if job.calibrated:
+        config, tokens = opened.model.source.config, job.samples * job.seq_len
+        engine = planned_engine(opened, plan)
+        parts, spilled = memory_parts(config, plan.tensors, engine, tokens), engine.spill
+        hidden = 2 * 4 * tokens * config.hidden_size * (2 if engine.exact_stream else 1)
+        if timed:
+            from r1q.quantize import pace
+
+            scheme = next(
+                (t.scheme for t in plan.tensors if t.spec.layer == 0 and t.scheme.facts.family != "float"), None
+            )
+            if scheme is not None:
+                seconds = pace.seconds(config, plan.tensors, engine, tokens, pace.probe(engine, scheme))
+    disk = sum(sizes.values()) + hidden
+    return Outlook(bytes=sizes, disk=disk, memory=sum(parts.values()), parts=parts, spilled=spilled, seconds=seconds)
