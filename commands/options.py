@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-# Every parameter but --log-json, --dry-run and --quiet is a field of plan.job.Job with the same default; help lists them in this order.
+# Every one is a field of plan.job.Job with the same default; help lists them in this order.
 MODEL = click.Argument(["model"], required=False)
 GRID = (
     click.Option(["--bits"], type=int, metavar="N", help="Bits per weight: 2, 3, 4 (default), 5, 6 or 8."),
