@@ -98,6 +98,8 @@ class BlockWalk:
             if exact is not None and drift is not None:
                 drifted = read(self.exact, self.config, exact) - inputs
                 add_product(drift, drifted.flatten(0, 1), inputs.flatten(0, 1), self.dtype)
+                del drifted
+            del inputs  # before the next tile's are made beside them
         return Stage(kinds=kinds, tokens=streams.tokens, moment=moment, drift=drift)
 
     def _adding(self, streams: Streams, inner: Inner, kind: str, columns: int) -> Iterator[Stage]:
@@ -114,6 +116,8 @@ class BlockWalk:
                 missing = exact - coded + linear(self.exact, kind, wanted - inputs, bias=False)
                 add_product(drift, missing.flatten(0, 1), inputs.flatten(0, 1), self.dtype)
                 exact += linear(self.exact, kind, wanted)
+                del wanted, missing
+            del inputs
         yield Stage(kinds=(kind,), tokens=streams.tokens, moment=moment, drift=drift, residual=True)
         for (coded, _), keep in zip(self._tiles(streams), _parts(kept, self.windows), strict=True):
             coded += linear(self.coded, kind, keep.to(coded.dtype))

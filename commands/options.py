@@ -61,7 +61,7 @@ METHOD = (
     ),
     click.Option(["--device"], default="cpu", show_default=True, help="Where calibration computes: cpu, or cuda."),
     click.Option(
-        ["--max-ram"], metavar="SIZE", help="Memory to stay within, such as 6GiB.  [default: the control group's limit]"
+        ["--max-ram"], metavar="SIZE", help="Memory to stay within, such as 6GiB.  [default: what is available]"
     ),
     click.Option(["--threads"], type=click.IntRange(min=1), help="Threads.  [default: all physical cores]"),
 )

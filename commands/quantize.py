@@ -42,9 +42,11 @@ def quantize(formats: str, dry_run: bool, log_json: Path | None, quiet: bool, **
     from r1q.core.formats import parse_formats
     from r1q.plan.event_log import logged
     from r1q.plan.job import Job, job_folder, open_job, plan_job, run_job
+    from r1q.plan.memory import return_freed_memory
     from r1q.plan.outlook import outlook
     from r1q.plan.render import make_console, show_outlook, show_plan, show_run
 
+    return_freed_memory()
     console = make_console(quiet)
     job = Job(formats=parse_formats(formats), **options)
     opened = open_job(job, progress=not quiet)

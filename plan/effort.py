@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Instruction sets that change the last bits of a sum, widest first; those with bfloat16 products come before all.
 _BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 _LADDER = (*_BFLOAT16, "avx512f", "avx2", "asimd")
-_PASSES: Mapping[Effort, int] = MappingProxyType({"fast": 0, "default": 2, "high": 8})
+_PASSES: Mapping[Effort, int] = MappingProxyType({"fast": 0, "default": 0, "high": 4})
 
 
 def choose_engine(job: Job, checkpoint: Path) -> tuple[Engine, bool]:

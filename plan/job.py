@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1q.core.artifact import OutputFolder, newest_output
 from r1q.core.errors import CheckError, ResourceError, UsageError
 from r1q.models.embedded import OpenedModel, open_model
 from r1q.plan.choose import Choice, Wish, choose_recipe
+from r1q.plan.memory import Workload, ceiling, fit_engine, memory_parts, rounding_parts, short_of
 from r1q.plan.plan import Plan, make_plan
-from r1q.plan.surroundings import memory_limit
 from r1q.plan.walk import Exported, quantize_model
 from r1q.quantize.engine import Engine
 from r1q.quantize.run import Calibration, Event
@@ -110,11 +110,22 @@ def run_job(opened: OpenedJob, plan: Plan) -> Iterator[Event | Exported]:
     """
     job = opened.job
     output = OutputFolder(job_folder(job, plan))
+    refuse_little_memory(opened, plan)
     calibration = _calibration(opened, plan) if job.calibrated else None
     for event in quantize_model(opened.model, plan, output, calibration):
         if job.strict and isinstance(event, Event) and event.what == "note":
             raise CheckError(f"--strict: {event.name}")
         yield event
+
+
+def refuse_little_memory(opened: OpenedJob, plan: Plan) -> None:
+    """Raise `ResourceError` where --max-ram is less than rounding takes; a calibrated run finds out with its engine."""
+    job = opened.job
+    if job.max_ram is None or job.calibrated:
+        return
+    need, limit = sum(rounding_parts(opened.model.source.config, plan.formats).values()), ceiling(job.max_ram)
+    if need > limit:
+        raise ResourceError(short_of(need, limit))
 
 
 def _calibration(opened: OpenedJob, plan: Plan) -> Calibration:
@@ -126,27 +137,33 @@ def _calibration(opened: OpenedJob, plan: Plan) -> Calibration:
     windows = make_windows(
         job.calibration or "builtin", Tokenizer.open(opened.model.source.path), samples=job.samples, length=job.seq_len
     )
-    engine = planned_engine(opened, plan, windows.tokens.size)
+    engine = planned_engine(opened, plan, len(windows.tokens))
     return Calibration(tokens=windows.tokens, record=windows.record, engine=engine)
 
 
-def planned_engine(opened: OpenedJob, plan: Plan, tokens: int | None = None) -> Engine:
-    """Return how the calibrated job computes here, within --max-ram or the control group's limit; `tokens` None takes what is asked.
+def workload(opened: OpenedJob, plan: Plan, windows: int | None = None) -> Workload:
+    """Return what a calibrated job is over; `windows` None takes as many as are asked for, though the text may have fewer."""
+    job = opened.job
+    config = opened.model.source.config
+    return Workload(config=config, tensors=plan.tensors, windows=windows or job.samples, length=job.seq_len)
+
+
+def planned_engine(opened: OpenedJob, plan: Plan, windows: int | None = None) -> Engine:
+    """Return how the calibrated job computes here within --max-ram, or what memory there is (`windows` as in `workload`).
 
     A run that was begun keeps its own tiles and slabs, which decide last bits. Raises `ResourceError` where it does not fit.
     """
     from r1q.plan.effort import choose_engine
-    from r1q.plan.memory import fit_engine, parse_size
 
     job = opened.job
     engine, begun = choose_engine(job, OutputFolder(job_folder(job, plan)).checkpoint)
-    limit = parse_size(job.max_ram) if job.max_ram else memory_limit()
-    asked = job.samples * job.seq_len if tokens is None else tokens
-    fitted = fit_engine(opened.model.source.config, plan.tensors, engine, asked, limit)
+    work, limit = workload(opened, plan, windows), ceiling(job.max_ram)
+    fitted = fit_engine(work, engine, limit)
     if begun and (fitted.tile, fitted.slab) != (engine.tile, engine.slab):
+        need = sum(memory_parts(work, replace(engine, spill=True)).values())
         raise ResourceError(
-            f"the run in {job_folder(job, plan)} was begun with more memory, and other tiles would change its last bits; "
-            "give it a larger --max-ram, or choose another -o"
+            f"the run in {job_folder(job, plan)} was begun with tiles and slabs that need about {need} bytes of memory, and may take "
+            f"{limit}; others would change its last bits: give it a larger --max-ram, or choose another -o"
         )
     return fitted
 

@@ -1,21 +1,60 @@
-"""How much memory a calibrated run takes, part by part, from shapes alone; and what it gives up where that is too much."""
+"""How much memory a calibrated run takes, part by part, from shapes alone; and what it gives up where that is too much.
+
+A run is fullest inside a block: while a stage's statistics are summed up, or while its matrices are coded. With T tokens in all and n
+in a tile, D hidden and K inputs of the stage, b bytes for a number of the engine's dtype, what is alive then is
+
+    program                    the interpreter, torch, numba and its compiler
+    hidden states and inputs   4·T·D, twice where the float model runs beside; b·T·K of what adds to them, until it is added
+    statistics                 4·K², twice where what is coded is refined, and the drift
+    a block's weights          b for each one coded so far, and for each exact one where the float model runs beside; the stored bytes
+    a tile of tokens           some arrays of n·K numbers, or
+    rows in work               some arrays of a slab's weights
+
+The first line but the program is in files, which the system may take back from memory, when hidden states are spilled. Nothing
+depends on the number of layers. `tests/plan/test_memory_measured.py` holds the sum against measured peaks.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+import psutil
 
 from r1q.core.errors import ResourceError, UsageError
 from r1q.core.recipe import PlannedTensor
 from r1q.models.config import ModelConfig
+from r1q.plan.surroundings import memory_limit
 from r1q.quantize.engine import Engine
 
-# Python with torch, numba and the compiled kernels, and the allocator's slack: measured on Linux, x86-64, torch 2.13 for CPUs.
-PROGRAM = 400 << 20
-_SLAB_COPIES = 6  # weights, targets, errors, panels and codes of the rows in work, in float32
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_TILES, _SLABS = (2048, 512), (1 << 24, 1 << 22, 1 << 20)
+PROGRAM = 375_000_000
+"""Measured on Linux, x86-64, torch 2.13 for CPUs. The first run of all, which compiles the kernels, takes up to 160 MB more."""
+ROUNDING = 240_000_000
+"""The same without torch, with the slabs of a run that rounds to nearest."""
+TOKENIZER = 2500
+"""Bytes for each token of the vocabulary while the tokenizer of a finished GGUF file is proved (measured)."""
+# Bytes for each number [n, K] of a tile: gate, silu, up and their product; queries, keys, values, turned and mixed; a norm's copies.
+_GATED, _MIXED, _NORMED = 12, 28, 20
+_BESIDE = 4  # the coded model's inputs, while the exact ones are made
+_PANEL = 768  # columns of a product before it is added to its sum
+# Bytes for each weight of a slab: as read, moved, missed and coded; and of the rows that are refined, or packed, at a time.
+_READ, _MOVED, _CODED, _REFINED, _PACKED = 4, 4, 5, 33, 36
+_REFINED_WEIGHTS, _PACKED_WEIGHTS = 1 << 22, 1 << 20
+_TILES, _SLABS = (2048, 1024, 512, 256), (1 << 22, 1 << 20)
+_STAGES = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
+_MALLOC_THRESHOLD = (-3, 1 << 20)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a calibrated run is over: a model's blocks, and `windows` windows of `length` tokens."""
+
+    config: ModelConfig
+    tensors: Sequence[PlannedTensor]
+    windows: int
+    length: int
 
 
 def parse_size(text: str) -> int:
@@ -34,56 +73,132 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * unit)
 
 
-def memory_parts(config: ModelConfig, tensors: Sequence[PlannedTensor], engine: Engine, tokens: int) -> dict[str, int]:
-    """Return the bytes of each part at the worst moment: while the widest layer of a block is coded, over `tokens` tokens."""
-    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
-    number, widest = (2 if engine.compute == "bfloat16" else 4), max(hidden, inner, heads)
-    inside = [t for t in tensors if t.spec.layer == 0 and t.spec.is_matrix]
-    weights = sum(t.spec.size for t in inside)
-    largest = max((t.spec.size for t in inside), default=0)
-    streams = 2 if engine.exact_stream else 1
-    statistics = 4 * widest * widest * (2 if engine.passes else 1)
-    if engine.exact_stream:
-        statistics += 4 * max(hidden * hidden, hidden * widest)
-    kept = 0 if engine.spill else tokens * (4 * streams * hidden + number * max(inner, heads))
-    return {
-        "program": PROGRAM,
-        "hidden states and kept inputs": kept,
-        "statistics of the widest layer": statistics,
-        "a block's weights": weights * number * streams + sum(t.bytes for t in inside),
-        "rows in work": 4 * _SLAB_COPIES * min(engine.slab, largest),
-        "a tile of tokens": 4 * min(engine.tile, tokens) * (3 * inner + 6 * hidden + 3 * heads),
-    }
+def memory_parts(work: Workload, engine: Engine) -> dict[str, int]:
+    """Return the bytes of each part at the fullest moment of a run, the largest first."""
+    blocks: dict[int, list[PlannedTensor]] = {}
+    for tensor in work.tensors:
+        if tensor.spec.layer is not None and tensor.spec.is_matrix:
+            blocks.setdefault(tensor.spec.layer, []).append(tensor)
+    moments: list[dict[str, int]] = [{"tokenizer": TOKENIZER * work.config.vocab_size}]
+    # Blocks differ by their grids alone: the one with the most stored bytes stands for all.
+    if blocks:
+        moments += _moments(work, max(blocks.values(), key=lambda block: sum(t.bytes for t in block)), engine)
+    fullest = {"program": PROGRAM, **max(moments, key=lambda parts: sum(parts.values()))}
+    return dict(sorted(fullest.items(), key=lambda part: -part[1]))
 
 
-def fit_engine(
-    config: ModelConfig, tensors: Sequence[PlannedTensor], engine: Engine, tokens: int, limit: int | None
-) -> Engine:
-    """Return `engine`, giving up speed until it fits `limit` bytes: first hidden states go to files, then tiles and slabs shrink.
+def rounding_parts(config: ModelConfig, formats: Sequence[str]) -> dict[str, int]:
+    """Return the bytes of each part of a run that rounds to nearest."""
+    return {"program": ROUNDING} | ({"tokenizer": TOKENIZER * config.vocab_size} if "gguf" in formats else {})
 
-    Raises `ResourceError` with the least that would do. None is no limit.
+
+def _moments(work: Workload, block: Sequence[PlannedTensor], engine: Engine) -> Iterator[dict[str, int]]:
+    """Yield what is alive while each stage's statistics are summed, and while its matrices are coded."""
+    hidden, tokens, number = work.config.hidden_size, work.windows * work.length, _number(engine)
+    weights = {t.spec.kind: t for t in block}
+    exact = number * sum(t.spec.size for t in block) if engine.exact_stream else 0
+    streams = 4 * tokens * hidden * (2 if engine.exact_stream else 1)
+    before = 0
+    for kinds in _STAGES:
+        coded = [weights[kind] for kind in kinds]
+        columns, adds = coded[0].spec.columns, len(kinds) == 1
+        made = sum(number * t.spec.size + t.bytes for t in coded)
+        drift = 4 * columns * hidden if engine.exact_stream else 0
+        square = 4 * columns * columns
+        always = {
+            "hidden states and inputs": 0 if engine.spill else streams + (number * tokens * columns if adds else 0)
+        }
+        yield always | {
+            "statistics": square + drift,
+            "a block's weights": exact + before,
+            "a tile of tokens": _tile(work, engine, kinds[0], columns),
+        }
+        yield always | {
+            "statistics": square * (2 if engine.passes else 1) + drift,
+            "a block's weights": exact + before + made,
+            "rows in work": max(_rows(engine, t.spec.size, columns) for t in coded),
+        }
+        before += made
+
+
+def _number(engine: Engine) -> int:
+    return 2 if engine.compute == "bfloat16" else 4
+
+
+def _tile(work: Workload, engine: Engine, kind: str, columns: int) -> int:
+    windows = min(max(1, engine.tile // work.length), work.windows)
+    each = {"ffn_down": _GATED, "attn_output": _MIXED}.get(kind, _NORMED)
+    if engine.exact_stream and each != _NORMED:
+        each += _BESIDE
+    summed = 8 + _number(engine)
+    tokens = windows * work.length
+    return max(each * tokens * columns, summed * tokens * columns + 2 * _number(engine) * _PANEL * columns)
+
+
+def _rows(engine: Engine, size: int, columns: int) -> int:
+    slab = min(max(engine.slab, columns), size)
+    refined = _REFINED * min(slab, _REFINED_WEIGHTS) if engine.passes else 0
+    moved = _MOVED if engine.exact_stream else 0
+    coding = (_READ + moved) * slab + max(_CODED * slab, slab + refined, slab + _PACKED * min(slab, _PACKED_WEIGHTS))
+    return max(coding, 8 * 512 * columns)  # the panels of the factorisation
+
+
+def ceiling(asked: str | None) -> int:
+    """Return the bytes that a run may take: what --max-ram says, else what is available here and in its control group."""
+    if asked is not None:
+        return parse_size(asked)
+    limit, available = memory_limit(), int(psutil.virtual_memory().available)
+    return available if limit is None else min(limit, available)
+
+
+def fit_engine(work: Workload, engine: Engine, limit: int) -> Engine:
+    """Return `engine`, giving up speed until it fits `limit` bytes: hidden states go to files, then tiles shrink, then slabs.
+
+    Raises `ResourceError` with the least that would do.
     """
-    if limit is None:
-        return engine
     need = 0
-    for candidate in _smaller(engine):
-        need = sum(memory_parts(config, tensors, candidate, tokens).values())
+    for candidate in _smaller(work, engine):
+        need = sum(memory_parts(work, candidate).values())
         if need <= limit:
             return candidate
-    raise ResourceError(
-        f"this run needs about {need / (1 << 20):.0f} MiB at the least and may take {limit / (1 << 20):.0f} MiB; "
-        "raise --max-ram, take --effort fast or fewer --samples"
+    raise ResourceError(short_of(need, limit))
+
+
+def short_of(need: int, limit: int) -> str:
+    """Return the sentence for a run that needs `need` bytes and may take `limit`."""
+    return (
+        f"this run needs about {_mebibytes(need)} MiB ({need} bytes) at the least and may take {_mebibytes(limit)} MiB; "
+        "raise --max-ram, free memory, or ask for less: --effort fast, a smaller --seq-len"
     )
 
 
-def _smaller(engine: Engine) -> Iterator[Engine]:
+def _mebibytes(size: int) -> int:
+    return -(-size // (1 << 20))
+
+
+def _smaller(work: Workload, engine: Engine) -> Iterator[Engine]:
     yield engine
-    for tile in _TILES:
-        for slab in _SLABS:
-            yield replace(engine, spill=True, tile=min(tile, engine.tile), slab=min(slab, engine.slab))
+    smallest = replace(engine, spill=True)
+    yield smallest
+    for tile in (*(tile for tile in _TILES if tile > work.length), work.length):
+        if tile < smallest.tile:
+            smallest = replace(smallest, tile=tile)
+            yield smallest
+    yield from (replace(smallest, slab=slab) for slab in _SLABS if slab < engine.slab)
 
 
 def tell(parts: Mapping[str, int]) -> str:
-    """Return the parts as one line, the largest first."""
-    listed = sorted(parts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in listed if size >= 1e6)
+    """Return the parts as one line."""
+    return ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts.items() if size >= 1e6)
+
+
+def return_freed_memory() -> None:
+    """Make this process give large arrays back to the system when they are freed, instead of keeping room for more.
+
+    glibc keeps arrays of up to 32 MB for later, in pieces that fit no other; a fixed bound costs no time that was seen, and 15 % less
+    memory. For the process of a command: a program that calls the library decides for itself.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(*_MALLOC_THRESHOLD)
+    except (OSError, AttributeError, TypeError):
+        return  # not glibc

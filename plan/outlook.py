@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from r1q.plan.job import OpenedJob, planned_engine
-from r1q.plan.memory import memory_parts, tell
+from r1q.plan.job import OpenedJob, planned_engine, refuse_little_memory, workload
+from r1q.plan.memory import memory_parts, rounding_parts, tell
 from r1q.plan.plan import Plan
-
-_ROUNDING = {"program": 320 << 20, "rows in work": 40 << 20}
-"""Memory of plain rounding, measured on models of 135M and 484M weights; it does not grow with them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +35,12 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
     """Return what the job will take. Raises `ResourceError` where its memory does not fit."""
     job = opened.job
     sizes = dict.fromkeys(("checkpoint", *plan.formats), plan.bytes)
-    parts, spilled, seconds, hidden = dict(_ROUNDING), False, None, 0
+    config, tokens = opened.model.source.config, job.samples * job.seq_len
+    parts, spilled, seconds, hidden = rounding_parts(config, plan.formats), False, None, 0
+    refuse_little_memory(opened, plan)
     if job.calibrated:
-        config, tokens = opened.model.source.config, job.samples * job.seq_len
         engine = planned_engine(opened, plan)
-        parts, spilled = memory_parts(config, plan.tensors, engine, tokens), engine.spill
+        parts, spilled = memory_parts(workload(opened, plan), engine), engine.spill
         hidden = 2 * 4 * tokens * config.hidden_size * (2 if engine.exact_stream else 1)
         if timed:
             from r1q.quantize import pace

@@ -34,7 +34,7 @@ class Engine:
     damp: float = 0.05
     pull: float = 0.5
     tile: int = 2048
-    passes: int = 1
+    passes: int = 0
     slab: int = 1 << 24
     spill: bool = False
 

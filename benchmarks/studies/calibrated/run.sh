@@ -18,11 +18,11 @@ for effort in $4; do
       "$PYTHON" -m r1q quantize "$checkpoint" "${grid[@]}" --effort "$effort" --calibration "$calibration" --samples 32 -o "$out" -q >&2
     file=$(ls "$out"/*.gguf 2>/dev/null || true)
     if [ -z "$file" ]; then
-      "$PYTHON" "$here/../peers/gptqmodel/dequantize.py" "$checkpoint" "$out/gptq" "$out/float" >&2
+      "$PYTHON" "$here/../../peers/gptqmodel/dequantize.py" "$checkpoint" "$out/gptq" "$out/float" >&2
       "$PYTHON" -m r1q quantize "$out/float" --scheme f16 -o "$out/f16" -q >&2
       file=$(ls "$out"/f16/*.gguf)
     fi
-    score=$("$PYTHON" "$here/../peers/llama_cpp_kld/score.py" "$TOOLS" "$REFERENCE" "$file")
+    score=$("$PYTHON" "$here/../../peers/llama_cpp_kld/score.py" "$TOOLS" "$REFERENCE" "$file")
     echo "{\"effort\": \"$effort\", \"preset\": \"$preset\", \"run\": $(cat "$work/time.json"), \"score\": $score}" | tee -a "$work/results.jsonl"
   done
 done
