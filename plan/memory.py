@@ -83,8 +83,8 @@ def memory_parts(work: Workload, engine: Engine) -> dict[str, int]:
     # Blocks differ by their grids alone: the one with the most stored bytes stands for all.
     if blocks:
         moments += _moments(work, max(blocks.values(), key=lambda block: sum(t.bytes for t in block)), engine)
-    fullest = {"program": PROGRAM, **max(moments, key=lambda parts: sum(parts.values()))}
-    return dict(sorted(fullest.items(), key=lambda part: -part[1]))
+    fullest = max(moments, key=lambda parts: sum(parts.values()))
+    return dict(sorted({"program": PROGRAM, **fullest}.items(), key=lambda part: -part[1]))
 
 
 def rounding_parts(config: ModelConfig, formats: Sequence[str]) -> dict[str, int]:
