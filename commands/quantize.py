@@ -14,7 +14,11 @@ RUN = (
     click.Option(
         ["--dry-run"], is_flag=True, help="Print the plan (sizes, grids, fallbacks) and stop before reading weights."
     ),
-    click.Option(["--strict"], is_flag=True, help="Refuse instead of falling back where rows do not fit a grid."),
+    click.Option(
+        ["--strict"],
+        is_flag=True,
+        help="End at the first thing done otherwise than asked: a fallback grid, raised damping.",
+    ),
     click.Option(["--log-json"], type=click.Path(path_type=Path), help="Add a JSON line for every event to this file."),
     click.Option(["-q", "--quiet"], is_flag=True, help="No progress; only errors and the result's path."),
 )
@@ -44,7 +48,8 @@ def quantize(formats: str, dry_run: bool, log_json: Path | None, quiet: bool, **
     from r1q.plan.job import Job, job_folder, open_job, plan_job, run_job
     from r1q.plan.memory import return_freed_memory
     from r1q.plan.outlook import outlook
-    from r1q.plan.render import make_console, show_outlook, show_plan, show_run
+    from r1q.plan.progress import show_run
+    from r1q.plan.render import make_console, show_outlook, show_plan
 
     return_freed_memory()
     console = make_console(quiet)
@@ -58,7 +63,7 @@ def quantize(formats: str, dry_run: bool, log_json: Path | None, quiet: bool, **
     if dry_run:
         show_outlook(console, outlook(opened, plan))
         return
-    for path in show_run(console, logged(run_job(opened, plan), log_json), plan):
+    for path in show_run(console, logged(run_job(opened, plan), log_json), plan, calibrated=job.calibrated):
         if quiet:
             click.echo(str(path))
     console.print(f"next: r1q bench {job_folder(job, plan)}", highlight=False)

@@ -1,4 +1,4 @@
-"""What `r1q quantize` shows: the plan in two lines, a progress bar, and where the result is."""
+"""What commands show: a plan in two lines, what it will take, progress bars, and where the result is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from r1q.plan.calibrate import Done
 from r1q.plan.outlook import Outlook
 from r1q.plan.plan import Plan
 from r1q.plan.walk import Exported
-from r1q.quantize.run import Event
 
 
 def make_console(quiet: bool) -> Console:
@@ -49,35 +48,6 @@ def _columns() -> tuple[ProgressColumn, ...]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-
-
-def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan) -> list[Path]:
-    """Draw the progress of a run and return the paths of what it made."""
-    results: list[Exported] = []
-    kept = written = 0
-    with Progress(*_columns(), console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("quantize", total=len(plan.tensors))
-        for event in events:
-            if isinstance(event, Exported):
-                results.append(event)
-            elif event.what == "kept":
-                kept += 1
-                written += event.count
-                progress.update(task, completed=written)
-            elif event.what == "note":
-                console.print(f"  note: {event.name}", highlight=False)
-            elif event.what == "stage":
-                progress.update(task, advance=event.count, description=event.name)
-            elif event.what == "tensor":
-                written += 1
-                progress.update(task, completed=max(written, progress.tasks[0].completed), description=event.name)
-            elif event.what == "done":
-                progress.update(task, description="writing files")
-    if kept:
-        console.print(f"resumed: {kept} block files were finished before", highlight=False)
-    for result in results:
-        show_exported(console, result)
-    return [result.path for result in results]
 
 
 def show_outlook(console: Console, found: Outlook) -> None:
