@@ -90,7 +90,10 @@ def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan, *
             work.take(event)
             if event.what == "note":
                 console.print(f"  note: {event.name}", highlight=False)
-            progress.update(task, completed=work.share, description=work.where or "quantize", told=work.told())
+            # Events are seconds apart in long runs: each is drawn, instead of whatever stands when a timer ticks.
+            progress.update(
+                task, completed=work.share, description=work.where or "quantize", told=work.told(), refresh=True
+            )
             if not console.is_terminal and event.what == "file" and time.monotonic() - spoken > LINE_SECONDS:
                 console.print(f"  {work.told()}", highlight=False)
                 spoken = time.monotonic()
