@@ -145,7 +145,10 @@ class Calibrated:
         total = torch.zeros(config.hidden_size, dtype=torch.float64)
         for window in self._at.coded:
             total += rms_norm(window, weight, config.rms_norm_eps).square().sum(0, dtype=torch.float64).cpu()
-        return (total / self.tokens.size).float().numpy()
+        importance: Floats = (total / self.tokens.size).float().numpy()
+        if not np.isfinite(importance).all():
+            raise InputError(f"{norm}: what it makes of the calibration text is not finite; the weights are broken")
+        return importance
 
     def save(self, layer: int) -> str:
         """Write the hidden states before block `layer` to disk, atomically, and return the file's sha256."""

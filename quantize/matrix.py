@@ -19,7 +19,7 @@ from r1q.quantize.gptq import gptq
 from r1q.quantize.gptq.factor import Factor
 from r1q.quantize.refine import refine
 from r1q.quantize.rtn import rtn
-from r1q.quantize.run import Slab
+from r1q.quantize.run import Slab, refuse_unfit
 from r1q.quantize.source import FloatSource, sum_of_squares
 
 # What is done to a slab besides coding takes this many weights at a time; the first of them decides last bits.
@@ -37,7 +37,10 @@ class Fit:
 
 
 def code_matrix(source: FloatSource, planned: PlannedTensor, fit: Fit, engine: Engine) -> tuple[Slab, Tensor]:
-    """Return a matrix coded, and its values [rows, columns] for the forward pass, in the engine's dtype and on its device."""
+    """Return a matrix coded, and its values [rows, columns] for the forward pass, in the engine's dtype and on its device.
+
+    Raises `InputError` where a value does not fit the grid.
+    """
     spec, scheme = planned.spec, planned.scheme
     dtype = getattr(torch, engine.compute)
     values = torch.empty(spec.shape, dtype=dtype, device=engine.device)
@@ -45,14 +48,15 @@ def code_matrix(source: FloatSource, planned: PlannedTensor, fit: Fit, engine: E
     squared_error = squared_weight = 0.0
     for slab in _slices(0, spec.rows, engine.slab // spec.columns):
         weights = np.ascontiguousarray(source.read_rows(spec.name, slab.start, slab.stop)).reshape(-1, spec.columns)
-        coded = _code(weights, scheme, fit, slab, engine)
-        for rows in _slices(slab.start, slab.stop, STORED_WEIGHTS // spec.columns):
-            here = slice(rows.start - slab.start, rows.stop - slab.start)
-            with np.errstate(over="ignore", invalid="ignore"):  # a scale beyond float16 shows in the error
+        with np.errstate(over="ignore", invalid="ignore"):  # a scale beyond float16 shows in the error
+            coded = _code(weights, scheme, fit, slab, engine)
+            for rows in _slices(slab.start, slab.stop, STORED_WEIGHTS // spec.columns):
+                here = slice(rows.start - slab.start, rows.stop - slab.start)
                 stored[rows], found = _store(weights[here], coded, scheme, here)
                 squared_error += sum_of_squares(found - weights[here])
-            squared_weight += sum_of_squares(weights[here])
-            values[rows] = torch.from_numpy(found).to(engine.device, dtype)
+                squared_weight += sum_of_squares(weights[here])
+                values[rows] = torch.from_numpy(found).to(engine.device, dtype)
+    refuse_unfit(planned, squared_error)  # before what reads its results is blamed
     result = Slab(stored=stored, squared_error=squared_error, squared_weight=squared_weight)
     return result, values
 

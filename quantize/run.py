@@ -194,10 +194,7 @@ def _recorded(planned: PlannedTensor, slabs: Iterable[Slab], file: str, done: li
         data = slab.stored.tobytes()
         digest.update(data)
         yield data
-    if not math.isfinite(squared_error):
-        raise InputError(
-            f"{planned.spec.name}: a value does not fit {planned.scheme} (not finite once stored); keep it in bf16 or f32"
-        )
+    refuse_unfit(planned, squared_error)
     error = math.sqrt(squared_error / squared_weight) if squared_weight else 0.0
     done.append(
         TensorRecord(
@@ -209,6 +206,14 @@ def _recorded(planned: PlannedTensor, slabs: Iterable[Slab], file: str, done: li
             error=error,
         )
     )
+
+
+def refuse_unfit(planned: PlannedTensor, squared_error: float) -> None:
+    """Raise `InputError` with the tensor's name where what is stored of it is not finite."""
+    if not math.isfinite(squared_error):
+        raise InputError(
+            f"{planned.spec.name}: a value does not fit {planned.scheme} (not finite once stored); keep it in bf16 or f32"
+        )
 
 
 def _store(weights: Floats, planned: PlannedTensor, importance: Floats | None) -> tuple[Bytes, Floats]:
