@@ -11,7 +11,7 @@ in a tile, D hidden and K inputs of the stage, b bytes for a number of the engin
     rows in work               some arrays of a slab's weights
 
 The first line but the program is in files, which the system may take back from memory, when hidden states are spilled. Nothing
-depends on the number of layers.
+depends on the number of layers. `tests/plan/test_memory_measured.py` holds the sum against measured peaks.
 """
 
 from __future__ import annotations

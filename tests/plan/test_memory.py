@@ -1,17 +1,23 @@
 """Sizes as people write them, memory from shapes, and what a run gives up to stay within a limit."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 
 from r1q.core.errors import ResourceError, UsageError
+from r1q.core.files import sha256_file
 from r1q.core.recipe import Recipe, resolve
 from r1q.models.embedded import EMBEDDED
 from r1q.models.source import ModelSource
+from r1q.plan.job import Job, open_job, plan_job, planned_engine, run_job, workload
 from r1q.plan.memory import PROGRAM, Workload, ceiling, fit_engine, memory_parts, parse_size
 from r1q.plan.plan import model_shape
 from r1q.quantize.engine import Engine
+
+MakeModel = Callable[..., Path]
 
 
 @pytest.mark.parametrize(
@@ -112,3 +118,38 @@ def test_a_tile_is_never_less_than_a_window() -> None:
 def test_without_a_limit_there_is_what_the_machine_has() -> None:
     assert ceiling("6GiB") == 6 << 30
     assert 0 < ceiling(None) <= psutil.virtual_memory().total
+
+
+def test_spilled_hidden_states_change_no_byte(make_model: MakeModel, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a thinker thinks: wait, let me think again. 12 + 30 = 42\n" * 200)
+    model = str(make_model("llama"))
+
+    def run(name: str, max_ram: str | None) -> tuple[Engine, dict[str, str]]:
+        opened = open_job(
+            Job(
+                model=model,
+                scheme="q4_0",
+                effort="default",
+                calibration=str(text),
+                samples=64,
+                seq_len=32,
+                formats=(),
+                max_ram=max_ram,
+                output=tmp_path / name,
+            )
+        )
+        plan = plan_job(opened)
+        engine = planned_engine(opened, plan)
+        for _ in run_job(opened, plan):
+            pass
+        folder = tmp_path / name / "checkpoint"
+        return engine, {path.name: sha256_file(path) for path in folder.iterdir() if path.is_file()}
+
+    held, files = run("held", None)
+    opened = open_job(Job(model=model, scheme="q4_0", effort="default", samples=64, seq_len=32))
+    enough = sum(memory_parts(workload(opened, plan_job(opened)), held).values())
+    spilled, same = run("spilled", str(enough - 1))
+    assert (held.spill, spilled.spill) == (False, True)
+    assert files == same
+    assert "manifest.json" in files
