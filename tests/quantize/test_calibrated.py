@@ -68,9 +68,8 @@ def run(model: Path, folder: Path, *, scheme: str = "q4_0", engine: Engine = DEF
         ("qwen3", Wish(scheme="q3_k_m"), DEFAULT),
         ("llama", Wish(scheme="iq4_xs"), FAST),
         ("qwen2", Wish(bits=4, group_size=64, symmetric=False, formats=()), HIGH),
-        ("qwen3", Wish(bits=4, formats=("gptq",)), DEFAULT),
         ("llama", Wish(bits=8, group_size=-1, formats=("gptq",)), FAST),
-        ("qwen2", Wish(bits=4, formats=("gguf", "gptq")), dataclasses.replace(FAST, compute="bfloat16")),
+        ("qwen3", Wish(bits=4, formats=("gguf", "gptq")), dataclasses.replace(FAST, compute="bfloat16")),
     ],
     ids=lambda value: str(getattr(value, "scheme", None) or getattr(value, "bits", None) or value)[:12],
 )
@@ -106,7 +105,7 @@ def test_more_effort_is_nearer_to_the_embedded_model_on_text_it_has_not_seen(tmp
     source = ModelSource.open(EMBEDDED, "tiny-r1")
     text = (EMBEDDED / "evaluation.txt").read_text()
     ids = np.array(Tokenizer.open(EMBEDDED).encode(text, add_special=False), dtype=np.int64)
-    seen, unseen = ids[: 12 * 128].reshape(12, 128), ids[-3 * 128 :].reshape(3, 128)
+    seen, unseen = ids[: 10 * 96].reshape(10, 96), ids[-3 * 96 :].reshape(3, 96)
     assert len(ids) > 2 * (seen.size + unseen.size)
     found = {}
     for name, engine in (("rtn", None), ("fast", FAST), ("default", DEFAULT)):

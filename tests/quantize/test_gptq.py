@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -79,21 +79,32 @@ def elimination(columns: int) -> tuple[Doubles, float]:
     return mix, off
 
 
-def nearest_codes_of(
-    tensor: QuantizedTensor, column: int, targets: Doubles
-) -> tuple[NDArray[np.intp], Doubles, Doubles]:
-    """Return the codes nearest to the targets [rows] of one column, every code's value, and its distance [rows, codes]."""
-    scheme, own = tensor.scheme, steps(tensor.scheme, tensor.params, tensor.codes.shape[1])
-    levels = np.arange(1 << scheme.facts.bits, dtype=np.float64) if own.table is None else own.table.astype(np.float64)
-    scale, zero, offset = (
-        np.broadcast_to(part, (len(targets), tensor.codes.shape[1] // own.group))[:, column // own.group].astype(float)
-        for part in (own.scale, own.zero, own.offset)
-    )
-    values = scale[:, None] * (levels - zero[:, None]) - offset[:, None]
-    distance = np.abs(targets[:, None] - values)
-    if scheme.grid == "q8_0" or (scheme.grid == "int8" and scheme.symmetric):
-        distance[:, 0] = np.inf  # −128 is never used
-    return distance.argmin(axis=1), values, distance
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """What each code of each column of a coded matrix stands for, and which codes may be used."""
+
+    tensor: QuantizedTensor
+
+    @cached_property
+    def _parts(self) -> tuple[Doubles, list[Doubles], int]:
+        own = steps(self.tensor.scheme, self.tensor.params, self.tensor.codes.shape[1])
+        bits = self.tensor.scheme.facts.bits
+        levels = np.arange(1 << bits, dtype=np.float64) if own.table is None else own.table.astype(np.float64)
+        shape = (len(self.tensor.codes), self.tensor.codes.shape[1] // own.group)
+        parts = [np.broadcast_to(part, shape).astype(np.float64) for part in (own.scale, own.zero, own.offset)]
+        return levels, parts, own.group
+
+    def of(self, column: int) -> Doubles:
+        """Return the values [rows, codes] of a column."""
+        levels, parts, group = self._parts
+        scale, zero, offset = (part[:, column // group, None] for part in parts)
+        return np.asarray(scale * (levels - zero) - offset)
+
+    @cached_property
+    def first(self) -> int:
+        """The lowest code in use: −128 is not."""
+        scheme = self.tensor.scheme
+        return int(scheme.grid == "q8_0" or (scheme.grid == "int8" and scheme.symmetric))
 
 
 @dataclasses.dataclass
@@ -108,24 +119,27 @@ class Tied:
     off: float
     count: int = 0
 
-    def take(self, tensor: QuantizedTensor, column: int, targets: Doubles, sizes: Doubles, errors: Doubles) -> Doubles:
+    def take(self, found: Values, column: int, targets: Doubles, sizes: Doubles, errors: Doubles) -> Doubles:
         """Return the values [rows] that the kernel chose in `column`."""
-        nearest, values, distance = nearest_codes_of(tensor, column, targets)
-        rows, codes = np.arange(len(targets)), tensor.codes[:, column]
+        values, codes = found.of(column), found.tensor.codes[:, column].astype(np.intp)
+        distance = np.abs(targets[:, None] - values)
+        nearest = distance[:, found.first :].argmin(axis=1) + found.first
+        rows = np.arange(len(targets))
         rounding = UNIT * ((column + 4) * sizes + 3 * np.abs(values).max(axis=1)) + self.off * errors
+        assert (codes >= found.first).all()
         assert (distance[rows, codes] - distance[rows, nearest] <= 2 * rounding).all(), f"column {column}"
         self.count += int((codes != nearest).sum())
-        return values[rows, codes]
+        return np.asarray(values[rows, codes])
 
 
 def ties_of_ldlq(found: QuantizedTensor, given: Problem) -> int:
     mix, off = elimination(given.weights.shape[1])
-    weights, tied = given.weights.astype(np.float64), Tied(off)
+    weights, tied, values = given.weights.astype(np.float64), Tied(off), Values(found)
     errors = np.zeros_like(weights)
     for k in range(weights.shape[1]):
         targets = weights[:, k] + errors[:, :k] @ mix[:k, k]
         sizes = np.abs(weights[:, k]) + np.abs(errors[:, :k]) @ np.abs(mix[:k, k])
-        errors[:, k] = weights[:, k] - tied.take(found, k, targets, sizes, np.abs(errors[:, :k]).sum(axis=1))
+        errors[:, k] = weights[:, k] - tied.take(values, k, targets, sizes, np.abs(errors[:, :k]).sum(axis=1))
     return tied.count
 
 
@@ -139,13 +153,13 @@ def ties_of_gptq(found: QuantizedTensor, given: Problem) -> int:
     """Frantar 2022, algorithm 1 without blocks: a column's error, over the factor's diagonal, times its row of the factor."""
     columns = given.weights.shape[1]
     mix, off, upper = *elimination(columns), inverse_root(columns)
-    weights, tied = given.weights.astype(np.float64), Tied(off)
+    weights, tied, values = given.weights.astype(np.float64), Tied(off), Values(found)
     errors = np.zeros_like(weights)
     for k in range(columns):
         sizes = np.abs(given.weights[:, k]) + np.abs(errors[:, :k]) @ np.abs(mix[:k, k])
-        values = tied.take(found, k, weights[:, k].copy(), sizes, np.abs(errors[:, :k]).sum(axis=1))
-        errors[:, k] = given.weights[:, k] - values
-        weights[:, k:] -= ((weights[:, k] - values) / upper[k, k])[:, None] * upper[k, k:]
+        chosen = tied.take(values, k, weights[:, k].copy(), sizes, np.abs(errors[:, :k]).sum(axis=1))
+        errors[:, k] = given.weights[:, k] - chosen
+        weights[:, k:] -= ((weights[:, k] - chosen) / upper[k, k])[:, None] * upper[k, k:]
     return tied.count
 
 
@@ -173,7 +187,7 @@ SCHEMES = (
 
 FEW = (
     *(Scheme(grid=grid) for grid in GGML_GRIDS),
-    *(integers(bits, group, sym) for bits in (2, 3, 4, 8) for sym in (True, False) for group in (64, WHOLE_ROW)),
+    *(integers(bits, group, sym) for bits, group in ((3, 64), (4, WHOLE_ROW), (8, 64)) for sym in (True, False)),
 )
 
 
@@ -282,7 +296,7 @@ def test_a_row_of_zeros_and_rows_of_one_number_are_coded_exactly() -> None:
         np.testing.assert_array_equal(values[0], 0)
 
 
-@pytest.mark.parametrize("value", [1e9, -1e9, 1e25, 3e38, np.inf, np.nan])
+@pytest.mark.parametrize("value", [1e9, -1e25, np.inf, np.nan])
 def test_a_weight_that_nothing_fits_is_never_coded_as_something_finite(value: float) -> None:
     """Not even as what the rows before left in memory; the run then refuses the tensor by name."""
     given = problem(512)
