@@ -37,12 +37,19 @@ print(status.partition("VmHWM:")[2].split()[0])
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_forty_blocks_take_the_memory_of_four(make_model: MakeModel, tmp_path: Path) -> None:
-    """Within 3 %: to keep the 1.2 MB of each block's weights in float32 would make it 12 %."""
+    """Within 3 %: to keep the 1.2 MB of each block's weights in float32 would make it 12 %.
+
+    The least of three runs, because all else that happens in a process (a compilation, an allocator's spare arena) only adds.
+    """
 
     def peak(layers: int) -> int:
         model = make_model("llama", hidden_size=256, intermediate_size=128, num_layers=layers)
-        command = [sys.executable, "-c", SCRIPT, str(model), str(tmp_path / f"out-{layers}")]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+        def once(attempt: int) -> int:
+            command = [sys.executable, "-c", SCRIPT, str(model), str(tmp_path / f"out-{layers}-{attempt}")]
+            return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+        return min(once(attempt) for attempt in range(3))
 
     few, many = peak(4), peak(40)
     assert many < 1.03 * few, (few, many)
