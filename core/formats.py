@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from r1q.core.errors import UsageError, unknown_name
 from r1q.core.recipe import PlannedTensor
 from r1q.core.scheme import Scheme
 
-FORMATS = ("gguf", "gptq")
-# Formats of the plan that this version cannot write yet, and what the refusal says of them.
-COMING = {"onnx": "ONNX export is not in this version"}
+FORMATS = ("gguf", "gptq", "onnx")
 CHECKPOINT_ONLY = "checkpoint"
+ONNX_BITS = (2, 4, 8)
+ONNX_BLOCKS = (256, 128, 64, 32, 16)  # what the CPU kernel of MatMulNBits takes
 
 
 def as_integers(scheme: Scheme) -> Scheme | None:
@@ -30,6 +31,8 @@ def refuse_unfit(planned: Iterable[PlannedTensor], formats: Iterable[str]) -> No
             _refuse_for_gguf(tensors)
         elif name == "gptq":
             gptq_scheme(tensors)
+        elif name == "onnx":
+            _refuse_for_onnx(tensors)
 
 
 def _refuse_for_gguf(tensors: Iterable[PlannedTensor]) -> None:
@@ -42,7 +45,7 @@ def _refuse_for_gguf(tensors: Iterable[PlannedTensor]) -> None:
 
 
 def _elsewhere(scheme: Scheme) -> str:
-    return "; a GPTQ folder holds it: --to gptq" if scheme.symmetric else ""
+    return "; GPTQ and ONNX folders hold it: --to gptq,onnx" if scheme.symmetric else "; an ONNX folder holds it: --to onnx"
 
 
 def gptq_scheme(planned: Iterable[PlannedTensor]) -> Scheme:
@@ -71,14 +74,55 @@ def gptq_scheme(planned: Iterable[PlannedTensor]) -> Scheme:
     return next(iter(found))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockForm:
+    """How MatMulNBits holds a matrix: `bits` a code, `block` columns a scale; each scale of ours fills `repeats` blocks."""
+
+    bits: int
+    block: int
+    repeats: int
+    symmetric: bool
+
+
+def onnx_form(scheme: Scheme, columns: int) -> BlockForm | None:
+    """Return the form of rows of `columns` weights under `scheme` in ONNX, None for floats (which are stored as float32).
+
+    A group that is no block of the kernel (a whole row, 512) is spelled as several blocks with one scale.
+    Raises `UsageError` for what ONNX Runtime has no kernel for.
+    """
+    if scheme.facts.family == "float":
+        return None
+    integers = as_integers(scheme) or scheme
+    if integers.facts.family != "int" or integers.facts.bits not in ONNX_BITS:
+        raise UsageError(
+            f"ONNX Runtime has no kernel for {scheme}; it computes with integers: --bits 4 (2, 8) --to onnx, "
+            "which a GPTQ folder and, in groups of 32, a GGUF file hold too"
+        )
+    group = integers.group(columns)
+    block = next((block for block in ONNX_BLOCKS if group % block == 0), None)
+    if block is None:
+        raise UsageError(f"ONNX Runtime has no kernel for groups of {group}: multiples of 16 work, as --group-size 32")
+    return BlockForm(
+        bits=integers.facts.bits, block=block, repeats=group // block, symmetric=integers.symmetric
+    )
+
+
+def _refuse_for_onnx(tensors: Iterable[PlannedTensor]) -> None:
+    for tensor in tensors:
+        if not tensor.spec.is_matrix:
+            continue
+        try:
+            onnx_form(tensor.scheme, tensor.spec.columns)
+        except UsageError as error:
+            raise UsageError(f"{tensor.spec.name}: {error}") from error
+
+
 def parse_formats(names: str) -> tuple[str, ...]:
     """Return the formats of a comma-separated list; `checkpoint` alone means none. Raises `UsageError` for an unknown one."""
     formats = tuple(dict.fromkeys(part.strip().lower() for part in names.split(",") if part.strip()))
     if formats == (CHECKPOINT_ONLY,):
         return ()
     for name in formats:
-        if name in COMING:
-            raise UsageError(f"{COMING[name]}; it writes {', '.join(FORMATS)}")
         if name not in FORMATS:
             raise UsageError(unknown_name("format", name, (*FORMATS, CHECKPOINT_ONLY)))
     if not formats:

@@ -103,7 +103,14 @@ def _gptq(checkpoint: QuantizedCheckpoint, folder: Path) -> tuple[Path, tuple[st
     return write_gptq(checkpoint, folder), ("opens in transformers (with gptqmodel) and vLLM",)
 
 
+def _onnx(checkpoint: QuantizedCheckpoint, folder: Path) -> tuple[Path, tuple[str, ...]]:
+    from r1q.export.onnx import write_onnx
+
+    return write_onnx(checkpoint, folder), ("opens in onnxruntime and onnxruntime-genai",)
+
+
 _EXPORTERS: dict[str, Callable[[QuantizedCheckpoint, Path], tuple[Path, tuple[str, ...]]]] = {
     "gguf": _gguf,
     "gptq": _gptq,
+    "onnx": _onnx,
 }

@@ -1,0 +1,139 @@
+"""The one data file beside an ONNX graph: tensors at aligned offsets, each made when it is written, a slab of rows at a time.
+
+Block-quantized matrices are laid out as the operator MatMulNBits of ONNX Runtime wants them (its schema in `contrib_defs.cc`):
+B uint8 [N, blocks, block·bits/8], codes along the inputs, low bits first; scales float32 [N, blocks]; zero points packed along the
+blocks, each row padded to a byte, only where they are not the middle code. `w = scale · (code − zero)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from r1q.core.checkpoint import QuantizedCheckpoint
+from r1q.core.formats import BlockForm, onnx_form
+from r1q.core.integers import pack_bits
+from r1q.core.tensors import TensorSpec
+
+ALIGNMENT = 64
+SLAB_BYTES = 1 << 24
+Pieces = Callable[[], Iterator[NDArray[np.generic]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """A tensor of the data file: `dtype` uint8 or float32, its shape, and the bytes `offset` … `offset` + `length`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+class DataFile:
+    """Tensors in the order they were added; offsets are known before a byte is written."""
+
+    def __init__(self) -> None:
+        self.placed: dict[str, Placed] = {}
+        self._sources: list[tuple[Placed, Pieces]] = []
+        self._end = 0
+
+    def add(self, name: str, dtype: str, shape: Sequence[int], pieces: Pieces) -> str:
+        """Place a tensor whose bytes `pieces()` will yield in row order; return its name."""
+        offset = -(-self._end // ALIGNMENT) * ALIGNMENT
+        length = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        placed = Placed(name=name, dtype=dtype, shape=tuple(shape), offset=offset, length=length)
+        self.placed[name] = placed
+        self._sources.append((placed, pieces))
+        self._end = offset + length
+        return name
+
+    def alias(self, name: str, of: str, shape: Sequence[int]) -> str:
+        """Give the bytes of the tensor `of` a second name and shape; they are stored once."""
+        first = self.placed[of]
+        self.placed[name] = Placed(
+            name=name, dtype=first.dtype, shape=tuple(shape), offset=first.offset, length=first.length
+        )
+        return name
+
+    def write(self, file: BinaryIO) -> None:
+        """Write every tensor; one slab is in memory at a time."""
+        position = 0
+        for placed, pieces in self._sources:
+            file.write(bytes(placed.offset - position))
+            position = placed.offset
+            for piece in pieces():
+                data = np.ascontiguousarray(piece, dtype=np.dtype(placed.dtype).newbyteorder("<"))
+                file.write(data.reshape(-1).view(np.uint8).data)
+                position += data.nbytes
+            if position != placed.offset + placed.length:
+                raise ValueError(f"{placed.name}: {position - placed.offset} bytes were made, {placed.length} planned")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """The names of a block-quantized matrix in the data file, and what MatMulNBits must know of it. `rows` is N, `columns` K."""
+
+    form: BlockForm
+    rows: int
+    columns: int
+    weight: str
+    scales: str
+    zeros: str | None
+
+
+def add_blocks(
+    data: DataFile, checkpoint: QuantizedCheckpoint, name: str, specs: Sequence[TensorSpec], form: BlockForm
+) -> Blocks:
+    """Place matrices of one form and one number of columns, stacked along their rows, as `name`.weight, .scales (and .zeros)."""
+    rows, columns = sum(spec.rows for spec in specs), specs[0].columns
+    count = columns // form.block
+
+    def codes() -> Iterator[NDArray[np.generic]]:
+        for spec, start, stop in _slabs(specs):
+            yield pack_bits(checkpoint.read(spec.name, start, stop).codes, form.bits)
+
+    def scales() -> Iterator[NDArray[np.generic]]:
+        for spec, start, stop in _slabs(specs):
+            params = checkpoint.read(spec.name, start, stop).params
+            yield np.repeat(params["scales" if "scales" in params else "d"].astype(np.float32), form.repeats, axis=1)
+
+    def zeros() -> Iterator[NDArray[np.generic]]:
+        for spec, start, stop in _slabs(specs):
+            found = checkpoint.read(spec.name, start, stop).params["zeros"].astype(np.uint8)
+            yield pack_bits(np.repeat(found, form.repeats, axis=1), form.bits)
+
+    weight = data.add(f"{name}.weight", "uint8", (rows, count, form.block * form.bits // 8), codes)
+    scale = data.add(f"{name}.scales", "float32", (rows, count), scales)
+    zero = None if form.symmetric else data.add(f"{name}.zeros", "uint8", (rows, -(-count * form.bits // 8)), zeros)
+    return Blocks(form=form, rows=rows, columns=columns, weight=weight, scales=scale, zeros=zero)
+
+
+def add_floats(data: DataFile, checkpoint: QuantizedCheckpoint, name: str, specs: Sequence[TensorSpec]) -> str:
+    """Place float tensors, matrices stacked along their rows and vectors end to end, as float32."""
+
+    def values() -> Iterator[NDArray[np.generic]]:
+        for spec, start, stop in _slabs(specs):
+            yield checkpoint.read_rows(spec.name, start, stop)
+
+    first = specs[0].shape
+    shape = (sum(spec.shape[0] for spec in specs), *first[1:])
+    return data.add(name, "float32", shape, values)
+
+
+def common_form(checkpoint: QuantizedCheckpoint, specs: Sequence[TensorSpec]) -> tuple[BlockForm | None] | None:
+    """Return the one form that all of `specs` have (None inside: float32), or None where they differ."""
+    forms = {onnx_form(checkpoint.scheme(spec.name), spec.columns) for spec in specs}
+    return (next(iter(forms)),) if len(forms) == 1 else None
+
+
+def _slabs(specs: Sequence[TensorSpec]) -> Iterator[tuple[TensorSpec, int, int]]:
+    for spec in specs:
+        step = max(1, SLAB_BYTES // (4 * spec.columns))
+        for start in range(0, spec.rows, step):
+            yield spec, start, min(start + step, spec.rows)

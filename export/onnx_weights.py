@@ -1,0 +1,137 @@
+"""Which tensors of a checkpoint the ONNX graphs use, and under which names they stand in the data file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from r1q.core.checkpoint import QuantizedCheckpoint
+from r1q.core.tensors import TensorSpec
+from r1q.export.onnx_data import Blocks, DataFile, add_blocks, add_floats, common_form
+from r1q.export.rope import frequency_factors
+from r1q.models.config import ModelConfig
+
+Matrix = Blocks | str  # block-quantized, or the name of a float32 tensor [rows, columns]
+_STACKS = {
+    "attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """One product: the matrix, its bias or None, and how many rows come from each of the layers stacked in it."""
+
+    matrix: Matrix
+    bias: str | None
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """What the graphs refer to. `linears` by stem such as `model.layers.0.attn.qkv_proj`; `vectors` by their tensor's name.
+
+    `rotary`: cosines and sines, float32 [context, head_dim/2].
+    """
+
+    linears: Mapping[str, Linear]
+    vectors: Mapping[str, str]
+    embedding: Matrix
+    rotary: tuple[str, str]
+
+
+def place_weights(checkpoint: QuantizedCheckpoint, config: ModelConfig, data: DataFile, context: int) -> Weights:
+    """Place every tensor of the model in `data`. q, k and v are stacked, and gate and up, where they share one form."""
+    specs = {spec.name: spec for spec in checkpoint.tensors}
+    table, head = _place_ends(checkpoint, config, data, specs)
+    linears = {"lm_head": head}
+    for layer in range(config.num_layers):
+        for stem, members in _stacks(checkpoint, specs, layer):
+            linears[stem] = _place_linear(checkpoint, data, stem, [specs[f"{m}.weight"] for m in members], specs)
+    vectors = {
+        name: add_floats(data, checkpoint, name, [spec])
+        for name, spec in specs.items()
+        if len(spec.shape) == 1 and spec.part == "weight"
+    }
+    return Weights(linears=linears, vectors=vectors, embedding=table, rotary=_place_rotary(data, config, context))
+
+
+def _stacks(
+    checkpoint: QuantizedCheckpoint, specs: Mapping[str, TensorSpec], layer: int
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the stem of each product of a block and the layers in it; those of different forms or biases stand alone."""
+    block = f"model.layers.{layer}."
+    for stem, members in _STACKS.items():
+        names = tuple(block + member for member in members)
+        alike = common_form(checkpoint, [specs[f"{name}.weight"] for name in names])
+        biased = {f"{name}.bias" in specs for name in names}
+        if alike and len(biased) == 1:
+            yield block + stem, names
+            continue
+        for name in names:
+            yield name.replace("self_attn.", "attn."), (name,)
+
+
+def _place_linear(
+    checkpoint: QuantizedCheckpoint,
+    data: DataFile,
+    stem: str,
+    tensors: Sequence[TensorSpec],
+    specs: Mapping[str, TensorSpec],
+) -> Linear:
+    forms = common_form(checkpoint, tensors)
+    form = forms[0] if forms else None
+    matrix: Matrix = (
+        add_floats(data, checkpoint, f"{stem}.weight", tensors)
+        if form is None
+        else add_blocks(data, checkpoint, stem, tensors, form)
+    )
+    names = [tensor.name.removesuffix("weight") + "bias" for tensor in tensors]
+    biases = [specs[name] for name in names if name in specs]
+    bias = add_floats(data, checkpoint, f"{stem}.bias", biases) if biases else None
+    return Linear(matrix=matrix, bias=bias, rows=tuple(tensor.rows for tensor in tensors))
+
+
+def _place_ends(
+    checkpoint: QuantizedCheckpoint, config: ModelConfig, data: DataFile, specs: Mapping[str, TensorSpec]
+) -> tuple[Matrix, Linear]:
+    """Place embedding and head; a tied head is the embedding's bytes under the shape that its operator wants."""
+    spec = specs["model.embed_tokens.weight"]
+    head = _place_linear(checkpoint, data, "model.embed_tokens" if config.tied else "lm_head",
+                         [spec if config.tied else specs["lm_head.weight"]], specs)  # fmt: skip
+    if config.tied and isinstance(head.matrix, str):
+        return head.matrix, head
+    table = head.matrix
+    if not config.tied:
+        table = _place_linear(checkpoint, data, "model.embed_tokens", [spec], specs).matrix
+    if isinstance(table, str):
+        return table, head
+    # GatherBlockQuantized wants rows of bytes where MatMulNBits wants rows of blocks of bytes.
+    rows = data.alias("model.embed_tokens.rows", table.weight, (spec.rows, spec.columns * table.form.bits // 8))
+    return replace(table, weight=rows), head
+
+
+def _place_rotary(data: DataFile, config: ModelConfig, context: int) -> tuple[str, str]:
+    """Place cosines and sines of every position, computed in float64 and stored in float32."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    factors = frequency_factors(config)
+    if factors is not None:
+        frequencies = frequencies / factors
+    step = 4096
+
+    def pieces(function: np.ufunc) -> Iterator[NDArray[np.generic]]:
+        for start in range(0, context, step):
+            positions = np.arange(start, min(start + step, context), dtype=np.float64)
+            yield function(positions[:, None] * frequencies[None, :]).astype(np.float32)
+
+    shape = (context, config.head_dim // 2)
+    return (
+        data.add("model.rotary.cos", "float32", shape, lambda: pieces(np.cos)),
+        data.add("model.rotary.sin", "float32", shape, lambda: pieces(np.sin)),
+    )
