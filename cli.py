@@ -53,6 +53,10 @@ COMMANDS = {
         "Let MODEL answer generated problems itself, and keep how it thought: the text it is best calibrated on.",
     ),
     "quantize": Lazy("r1q.commands.quantize", "Quantize MODEL into a file that runs here."),
+    "serve": Lazy(
+        "r1q.commands.serve",
+        "Serve ARTIFACT to OpenAI clients: chat, completions, streaming; thoughts apart from answers; metrics for Prometheus.",
+    ),
     "verify": Lazy(
         "r1q.commands.verify",
         "Prove that PATH (an output folder or an artifact in it) is whole and holds its checkpoint's weights, every one.",

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("core", "models", "calibration", "quantize", "export", "runtimes", "plan", "benchmarks", "commands")
+ROOMS = (
+    "core",
+    "models",
+    "calibration",
+    "quantize",
+    "export",
+    "runtimes",
+    "plan",
+    "benchmarks",
+    "serve",
+    "ship",
+    "commands",
+)
 TORCH_ALLOWED = ("models/", "calibration/", "quantize/", "runtimes/torch.py")
 FOUND = (path for room in (*ROOMS, "tests") for path in sorted((ROOT / room).rglob("*.py")))
 SOURCES = [ROOT / "cli.py", *(path for path in FOUND if not {"peers", "studies", "__pycache__"} & set(path.parts))]
@@ -91,6 +103,6 @@ def test_everything_imported_is_declared() -> None:
         *(name for extra in project["optional-dependencies"].values() for name in extra),
     ]
     modules = {name.split(">")[0].split("[")[0].strip().replace("-", "_").lower() for name in wanted}
-    modules = {{"llama_cpp_python": "llama_cpp"}.get(name, name) for name in modules}
+    modules = {{"llama_cpp_python": "llama_cpp", "pyyaml": "yaml"}.get(name, name) for name in modules}
     imported = set().union(*(_imports(path) for path in SOURCES))
     assert imported - set(sys.stdlib_module_names) - modules - {"r1q"} == set()
