@@ -28,9 +28,10 @@ from r1q.models.config import read_json
 from r1q.models.tokenizer import Tokenizer
 
 # Tokens that end a turn by their text, as llama.cpp knows them: a file often names only one of those its template uses.
-END_TEXTS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|eom_id|> <｜end▁of▁sentence｜> <|end_of_text|> <EOT> </s>".split()
-)
+END_TEXTS = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>", "<EOT>", "</s>",
+    "<｜end▁of▁sentence｜>",
+))  # fmt: skip
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _SILENT = (CONTROL, UNKNOWN, UNUSED)
 _R1_TEMPERATURE, _R1_TOP_P = 0.6, 0.95
