@@ -49,21 +49,24 @@ class TensorRecord:
     def to_dict(self) -> dict[str, object]:
         """Return the record as JSON can hold it."""
         spec, scheme = self.spec, self.scheme
+        expert = {} if spec.expert is None else {"expert": spec.expert}
         return {
             "name": spec.name, "kind": spec.kind, "layer": spec.layer, "part": spec.part,
             "shape": list(spec.shape), "dtype": spec.dtype,
             "grid": scheme.grid, "group_size": scheme.group_size, "symmetric": scheme.symmetric,
-            "wanted": self.wanted, "file": self.file, "sha256": self.sha256, "error": self.error,
+            "wanted": self.wanted, "file": self.file, "sha256": self.sha256, "error": self.error, **expert,
         }  # fmt: skip
 
     @classmethod
     def from_dict(cls, value: Mapping[str, object]) -> TensorRecord:
         """Read a record back. Raises `KeyError`, `TypeError` or `ValueError` for a record that is not one."""
-        layer, shape, group = value["layer"], value["shape"], value["group_size"]
+        layer, shape, group, expert = value["layer"], value["shape"], value["group_size"], value.get("expert")
         if not isinstance(shape, list) or not shape or not all(type(side) is int and side > 0 for side in shape):
             raise ValueError("shape is not a list of lengths")
         if not (layer is None or type(layer) is int) or not (group is None or type(group) is int):
             raise ValueError("layer or group_size is not a number")
+        if not (expert is None or (type(expert) is int and expert >= 0)):
+            raise ValueError("expert is not an index")
         file, error = _text(value, "file"), value["error"]
         if not is_bare_name(file) or file.startswith("."):
             raise ValueError("file is not the name of a block file")
@@ -77,7 +80,7 @@ class TensorRecord:
         if not scheme.divides(shape[-1]):
             raise ValueError(f"rows of {shape[-1]} do not split into blocks of {scheme}")
         return cls(
-            spec=TensorSpec(layer=layer, shape=tuple(shape), **texts),
+            spec=TensorSpec(layer=layer, shape=tuple(shape), expert=expert, **texts),
             scheme=scheme,
             wanted=_text(value, "wanted"),
             file=file,

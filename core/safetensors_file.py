@@ -119,6 +119,15 @@ class SafetensorsFile:
         row_bytes = (entry.stop - entry.start) // max(entry.shape[0], 1)
         return self._read(name, entry, entry.start + start * row_bytes, (stop - start, *entry.shape[1:]))
 
+    def read_flat_rows(self, name: str, start: int, stop: int) -> Array:
+        """Return rows [start, stop) of the tensor with all axes but the last flattened into rows, in its stored dtype."""
+        entry = self._entry(name)
+        rows, columns = math.prod(entry.shape[:-1]), entry.shape[-1] if entry.shape else 0
+        if not entry.shape or not 0 <= start <= stop <= rows:
+            raise ValueError(f"rows {start}:{stop} of {name}, which has the shape {entry.shape}")
+        row_bytes = (entry.stop - entry.start) // max(rows, 1)
+        return self._read(name, entry, entry.start + start * row_bytes, (stop - start, columns))
+
     def sampled_sha256(self) -> str:
         """Return a sha256 of the header and of the first bytes of every tensor: tells checkpoints apart without reading them whole."""
         digest = hashlib.sha256(self.header_sha256.encode())

@@ -12,6 +12,7 @@ class TensorSpec:
 
     `name` is Hugging Face's. `kind` is the role, spelled as GGUF spells it (`token_embd`, `attn_q`, `ffn_down`, `output_norm`, …);
     `layer` is the block's index, None outside the blocks; `part` is `weight` or `bias`; `shape` is [rows, columns] or [length].
+    `expert` is the index of a routed expert, whose matrices are tensors of their own: a GGUF file stacks them under one name.
     """
 
     name: str
@@ -20,6 +21,12 @@ class TensorSpec:
     part: str
     shape: tuple[int, ...]
     dtype: str
+    expert: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The tensor's name within its block: `attn_q.weight`, `ffn_up_exps.17.weight`."""
+        return f"{self.kind}.{self.part}" if self.expert is None else f"{self.kind}.{self.expert}.{self.part}"
 
     @property
     def gguf_name(self) -> str:

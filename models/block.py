@@ -4,28 +4,40 @@
            ─ mlp_input ─▶ gate, up ─ mlp_inner ─▶ ffn_down ─▶ + hidden
 
 Every function takes [..., length, features] in float32 and returns the same. `weights` maps `kind.part` (`attn_q.weight`,
-`ffn_down.bias`, …) to tensors; an absent bias or head norm is not applied. A linear layer is multiplied in its weight's dtype.
+`ffn_down.bias`, …) to tensors; an absent bias or head norm is not applied. Latent attention (`models/mla.py`) and experts
+(`models/moe.py`) stand in where the config has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1q.models import mla, moe
 from r1q.models.config import ModelConfig
+from r1q.models.linear import Weights as Weights
+from r1q.models.linear import linear as linear
+from r1q.models.linear import rms_norm as rms_norm
 from r1q.models.rope import Rotation
-
-Weights = Mapping[str, Tensor]
 
 
 def run_block(weights: Weights, config: ModelConfig, hidden: Tensor, rotation: Rotation) -> Tensor:
     """Return the hidden states after the block."""
+    return run_mlp(weights, config, run_attention(weights, config, hidden, rotation))
+
+
+def run_attention(weights: Weights, config: ModelConfig, hidden: Tensor, rotation: Rotation) -> Tensor:
+    """Return the hidden states between attention and the feed-forward layer."""
     mixed = attention_mix(weights, config, attention_input(weights, config, hidden), rotation)
-    hidden = hidden + attention_output(weights, mixed)
-    return hidden + mlp_output(weights, mlp_inner(weights, mlp_input(weights, config, hidden)))
+    return hidden + attention_output(weights, mixed)
+
+
+def run_mlp(weights: Weights, config: ModelConfig, hidden: Tensor) -> Tensor:
+    """Return the hidden states behind the feed-forward layer, of those before it."""
+    normed = mlp_input(weights, config, hidden)
+    if config.experts is not None and moe.ROUTER in weights:
+        return hidden + moe.mixture(weights, config.experts, normed)
+    return hidden + mlp_output(weights, mlp_inner(weights, normed))
 
 
 def attention_input(weights: Weights, config: ModelConfig, hidden: Tensor) -> Tensor:
@@ -35,6 +47,8 @@ def attention_input(weights: Weights, config: ModelConfig, hidden: Tensor) -> Te
 
 def attention_mix(weights: Weights, config: ModelConfig, normed: Tensor, rotation: Rotation) -> Tensor:
     """Return what attn_output reads: every head's causal mixture of values, [..., length, num_heads · head_dim]."""
+    if config.latent is not None:
+        return mla.attention_mix(weights, config, config.latent, normed, rotation)
     queries = _heads(linear(weights, "attn_q", normed), config.num_heads)
     keys = _heads(linear(weights, "attn_k", normed), config.num_kv_heads)
     values = _heads(linear(weights, "attn_v", normed), config.num_kv_heads)
@@ -66,20 +80,6 @@ def mlp_inner(weights: Weights, normed: Tensor) -> Tensor:
 def mlp_output(weights: Weights, inner: Tensor) -> Tensor:
     """Return what the feed-forward layer adds to the hidden states."""
     return linear(weights, "ffn_down", inner)
-
-
-def linear(weights: Weights, kind: str, inputs: Tensor, *, bias: bool = True) -> Tensor:
-    """Return inputs · weightᵀ + bias (unless `bias` says no) of the tensors named `kind`, in the dtype of the inputs."""
-    weight, added = weights[f"{kind}.weight"], weights.get(f"{kind}.bias") if bias else None
-    if weight.dtype == inputs.dtype:
-        return F.linear(inputs, weight, added)
-    product = F.linear(inputs.to(weight.dtype), weight).to(inputs.dtype)
-    return product if added is None else product + added
-
-
-def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Return `hidden` divided by its root mean square over the last axis, times `weight` (Zhang 2019)."""
-    return weight * (hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon))
 
 
 def _heads(rows: Tensor, count: int) -> Tensor:

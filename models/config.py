@@ -7,7 +7,6 @@ Defaults for absent keys are those of transformers' LlamaConfig, Qwen2Config and
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,20 @@ from types import MappingProxyType
 from typing import Any
 
 from r1q.core.errors import InputError
+from r1q.core.hf_folder import MAX_JSON_BYTES as MAX_JSON_BYTES
+from r1q.core.hf_folder import read_json as read_json
+from r1q.models.config_keys import Keys
+from r1q.models.config_moe import (
+    Experts,
+    Latent,
+    Yarn,
+    read_deepseek_experts,
+    read_latent,
+    read_qwen_experts,
+    read_yarn,
+)
 from r1q.models.families import FAMILIES, Family
 
-MAX_JSON_BYTES = 8 << 20
-_MAX_SIZE = 1 << 31
 _MAX_LAYERS = 4096
 
 
@@ -34,7 +43,11 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The facts of a model that its tensors do not carry. `raw` is config.json as it stands."""
+    """The facts of a model that its tensors do not carry. `raw` is config.json as it stands.
+
+    With latent attention `head_dim` is the part of a head that turns. `experts` None: every block is dense. `fp8_block` are the rows
+    and columns that share a scale where weights are stored as 8-bit floats. `mtp_layers` predict further tokens and are left out.
+    """
 
     family: str
     name: str
@@ -57,6 +70,20 @@ class ModelConfig:
     bos_id: int | None
     eos_ids: tuple[int, ...]
     raw: Mapping[str, Any]
+    yarn: Yarn | None = None
+    experts: Experts | None = None
+    latent: Latent | None = None
+    fp8_block: tuple[int, int] | None = None
+    mtp_layers: int = 0
+
+    @property
+    def architecture(self) -> str:
+        """GGUF's name of the architecture."""
+        return FAMILIES[self.family].gguf
+
+    def is_sparse(self, layer: int) -> bool:
+        """Return whether block `layer` has experts."""
+        return self.experts is not None and layer not in self.experts.dense
 
     @classmethod
     def read(cls, path: Path, name: str | None = None) -> ModelConfig:
@@ -77,12 +104,15 @@ def config_of(
 ) -> ModelConfig:
     """Return the config that the parsed JSON `raw` means; `where` names its file in errors."""
     family = _family(raw, where)
-    keys = _Keys(raw, where)
-    _refuse_unsupported(keys)
+    keys = Keys(raw, where)
+    _refuse_unsupported(keys, family)
     heads = keys.size("num_attention_heads")
     hidden = keys.size("hidden_size")
-    kv_heads = keys.size("num_key_value_heads", heads if family.name == "llama" else None)
+    kv_heads = keys.size("num_key_value_heads", heads if family.name == "llama" or family.latent else None)
+    latent = read_latent(keys) if family.latent else None
     head_dim = keys.size("head_dim", family.default_head_dim or hidden // heads or None)
+    if latent is not None:
+        kv_heads, head_dim = heads, latent.rope_dim
     if heads % kv_heads:
         raise keys.bad("num_key_value_heads", f"does not divide the {heads} attention heads")
     if head_dim % 2:
@@ -91,7 +121,7 @@ def config_of(
     layers = keys.size("num_hidden_layers")
     if layers > _MAX_LAYERS:
         raise keys.bad("num_hidden_layers", f"is more than {_MAX_LAYERS}")
-    theta, scaling = _rope(keys)
+    theta, scaling, yarn = _rope(keys, family)
     return ModelConfig(
         family=family.name,
         name=name,
@@ -112,79 +142,41 @@ def config_of(
         mlp_bias=family.mlp_bias and keys.flag("mlp_bias"),
         qk_norm=family.qk_norm,
         bos_id=next(iter(keys.ids("bos_token_id")), None),
-        eos_ids=tuple(dict.fromkeys(keys.ids("eos_token_id") + _Keys(generation or {}, where).ids("eos_token_id"))),
+        eos_ids=tuple(dict.fromkeys(keys.ids("eos_token_id") + Keys(generation or {}, where).ids("eos_token_id"))),
         raw=MappingProxyType(dict(raw)),
+        yarn=yarn,
+        experts=_experts(keys, family),
+        latent=latent,
+        fp8_block=_fp8_block(keys),
+        mtp_layers=_mtp_layers(keys) if family.latent else 0,
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path` (at most 8 MiB). Raises `InputError` when it is missing, too large or not an object."""
-    try:
-        if path.exists() and not path.is_file():
-            # A pipe would wait for ever, and a device never end.
-            raise InputError(f"{path} is not a regular file")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path} has more than {MAX_JSON_BYTES} bytes; that is no settings file")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is missing; give a folder with a Hugging Face checkpoint (config.json, *.safetensors)"
-        ) from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object; fetch it again")
-    return value
+def _experts(keys: Keys, family: Family) -> Experts | None:
+    if family.experts is None:
+        return None
+    version = {"deepseek-v2": 2, "deepseek-v3": 3}.get(family.experts)
+    return read_qwen_experts(keys) if version is None else read_deepseek_experts(keys, version)
 
 
-class _Keys:
-    """A JSON object whose values are taken by key and type; every complaint names the file and the key."""
+def _mtp_layers(keys: Keys) -> int:
+    stated = next((key for key in ("num_nextn_predict_layers", "num_mtp_layers") if keys.get(key) is not None), None)
+    return 1 if stated is None else keys.count(stated)
 
-    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
-        self.raw, self.where = raw, where
 
-    def bad(self, key: str, why: str) -> InputError:
-        """Return the error for a value that cannot be used."""
-        return InputError(f"{self.where}: {key} = {self.raw.get(key)!r} {why}")
-
-    def get(self, key: str) -> Any:
-        """Return the value, None when it is absent or null."""
-        return self.raw.get(key)
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """Return a positive integer of believable size."""
-        value = self.raw.get(key)
-        if value is None and default is not None:
-            return default
-        if type(value) is not int or not 0 < value < _MAX_SIZE:
-            raise self.bad(key, "is not a positive integer" if key in self.raw else "is missing")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Return a positive finite number."""
-        value = self.raw.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, int | float) and type(value) is not bool and 0 < value <= sys.float_info.max:
-            return float(value)
-        raise self.bad(key, "is not a positive number" if key in self.raw else "is missing")
-
-    def flag(self, key: str) -> bool:
-        """Return a boolean, False when it is absent."""
-        value = self.raw.get(key)
-        if value is not None and type(value) is not bool:
-            raise self.bad(key, "is not true or false")
-        return bool(value)
-
-    def ids(self, key: str) -> tuple[int, ...]:
-        """Return token ids: a number, a list of them, or none."""
-        value = self.raw.get(key)
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(item) is int and item >= 0 for item in values):
-            raise self.bad(key, "is not a token id or a list of them")
-        return tuple(values)
+def _fp8_block(keys: Keys) -> tuple[int, int] | None:
+    """Return the block of DeepSeek's 8-bit floats, None for a checkpoint that is not quantized; refuse every other quantization."""
+    found = keys.get("quantization_config")
+    if found is None:
+        return None
+    said = found if isinstance(found, dict) else {}
+    block = said.get("weight_block_size")
+    known = said.get("quant_method") == "fp8" and said.get("fmt") in (None, "e4m3")
+    if known and isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block):
+        return block[0], block[1]
+    raise InputError(
+        f"{keys.where}: quantization_config = {_shortened(found)} is already quantized: take the original weights"
+    )
 
 
 def _family(raw: Mapping[str, Any], where: str) -> Family:
@@ -208,21 +200,10 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
     return found
 
 
-_Use = Callable[[_Keys], bool]
+_Use = Callable[[Keys], bool]
 # What a config may ask for that the decoder blocks here do not do: (key, is it in use, why it is refused).
 _UNSUPPORTED: tuple[tuple[str, _Use, str], ...] = (
-    (
-        "quantization_config",
-        lambda k: k.get("quantization_config") is not None,
-        "is already quantized: take the original weights",
-    ),
     ("hidden_act", lambda k: k.get("hidden_act") not in (None, "silu"), "is not supported: r1q knows silu"),
-    ("num_experts", lambda k: bool(k.get("num_experts")), "means a mixture of experts, which is not supported"),
-    (
-        "num_local_experts",
-        lambda k: bool(k.get("num_local_experts")),
-        "means a mixture of experts, which is not supported",
-    ),
     ("layer_types", lambda k: _slides_by_type(k), "asks for sliding-window attention, which is not supported"),
     ("use_sliding_window", lambda k: _slides_by_depth(k), "asks for sliding-window attention, which is not supported"),
     (
@@ -233,19 +214,23 @@ _UNSUPPORTED: tuple[tuple[str, _Use, str], ...] = (
 )
 
 
-def _slides_by_type(keys: _Keys) -> bool:
+def _slides_by_type(keys: Keys) -> bool:
     types = keys.get("layer_types")
     return types is not None and (not isinstance(types, list) or any(kind != "full_attention" for kind in types))
 
 
-def _slides_by_depth(keys: _Keys) -> bool:
+def _slides_by_depth(keys: Keys) -> bool:
     """Whether a layer is deep enough for the window: transformers slides layers from max_window_layers on."""
     if not keys.flag("use_sliding_window") or keys.get("sliding_window") is None or keys.get("layer_types") is not None:
         return False
     return keys.size("num_hidden_layers") > keys.size("max_window_layers", 28)
 
 
-def _refuse_unsupported(keys: _Keys) -> None:
+def _refuse_unsupported(keys: Keys, family: Family) -> None:
+    for key in ("num_experts", "num_local_experts", "n_routed_experts") if family.experts is None else ():
+        if keys.get(key):
+            why = "means a mixture of experts, which this architecture does not have"
+            raise InputError(f"{keys.where}: {key} = {_shortened(keys.get(key))} {why}")
     for key, in_use, why in _UNSUPPORTED:
         if in_use(keys):
             raise InputError(f"{keys.where}: {key} = {_shortened(keys.get(key))} {why}")
@@ -259,13 +244,13 @@ def _shortened(value: object) -> str:
 _DEFAULT_THETA = 10000.0
 
 
-def _rope(keys: _Keys) -> tuple[float, Llama3Scaling | None]:
+def _rope(keys: Keys, family: Family) -> tuple[float, Llama3Scaling | None, Yarn | None]:
     """Return the base of the rotary frequencies and their scaling, from either spelling."""
     new, old = keys.get("rope_parameters"), keys.get("rope_scaling")
     for key, value in (("rope_parameters", new), ("rope_scaling", old)):
         if value is not None and not isinstance(value, dict):
             raise keys.bad(key, "is not an object")
-    rope = _Keys(new or old or {}, f"{keys.where}: {'rope_parameters' if new else 'rope_scaling'}")
+    rope = Keys(new or old or {}, f"{keys.where}: {'rope_parameters' if new else 'rope_scaling'}")
     theta = rope.number("rope_theta", keys.number("rope_theta", _DEFAULT_THETA))
     if keys.get("rope_theta") is not None and theta != keys.number("rope_theta"):
         raise keys.bad("rope_theta", f"contradicts rope_parameters, which says {theta:g}")
@@ -273,8 +258,10 @@ def _rope(keys: _Keys) -> tuple[float, Llama3Scaling | None]:
         raise rope.bad("partial_rotary_factor", "is not supported: r1q turns whole heads")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
-        return theta, None
-    if kind != "llama3":
+        return theta, None, None
+    if kind == "yarn" and family.latent:
+        return theta, None, read_yarn(rope)
+    if kind != "llama3" or family.latent:
         raise InputError(f"{rope.where}: the rope type {kind!r} is not supported; r1q knows default and llama3")
     scaling = Llama3Scaling(
         factor=rope.number("factor"),
@@ -284,7 +271,7 @@ def _rope(keys: _Keys) -> tuple[float, Llama3Scaling | None]:
     )
     if scaling.low_freq_factor >= scaling.high_freq_factor:
         raise rope.bad("low_freq_factor", f"is not below high_freq_factor {scaling.high_freq_factor:g}")
-    return theta, scaling
+    return theta, scaling, None
 
 
 def _folder_name(folder: Path) -> str:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from r1q.core.errors import InputError
 from r1q.core.tensors import TensorSpec
-from r1q.models.block import Weights, rms_norm, run_block
+from r1q.models.block import Weights, rms_norm, run_attention, run_block, run_mlp
+from r1q.models.block_weights import BlockWeights
 from r1q.models.config import ModelConfig
 from r1q.models.rope import Rotation, rotation
 
@@ -67,12 +68,19 @@ class Configured:
 
 
 def logits(
-    source: TensorReader, tokens: Tokens, *, first: int = 0, device: Device = "cpu", memory: int = 1 << 30
+    source: TensorReader,
+    tokens: Tokens,
+    *,
+    first: int = 0,
+    device: Device = "cpu",
+    memory: int = 1 << 30,
+    rounded: bool = False,
 ) -> Iterator[Floats]:
     """Yield for each window of `tokens` [windows, length] the logits [length − first, vocab_size] of positions `first` on.
 
-    `memory` bounds the bytes of logits held at once (at least one window's): fewer bytes read the head more often. Raises
-    `InputError` for a token outside the vocabulary, and where a block or the head makes numbers that are not finite.
+    `memory` bounds the bytes of logits held at once (at least one window's): fewer bytes read the head more often. `rounded` rounds
+    the hidden states to bfloat16 after every block: the noise of a model that computes in 16 bits.
+    Raises `InputError` for a token outside the vocabulary, and where a block or the head makes numbers that are not finite.
     """
     if tokens.ndim != 2 or not 0 <= first <= tokens.shape[1]:
         raise ValueError(f"tokens of shape {tokens.shape} with first = {first}")
@@ -82,6 +90,8 @@ def logits(
         weights = load_block(source, layer, device)
         _run_block_in_place(weights, source.config, hidden, turn, layer)
         del weights  # before the next block is read: one block at a time
+        if rounded:
+            hidden = hidden.bfloat16().float()
     window_bytes = 4 * (tokens.shape[1] - first) * source.config.vocab_size
     count = max(1, memory // max(1, window_bytes))
     for start in range(0, len(tokens), count):
@@ -109,18 +119,22 @@ def embed(source: RowReader, tokens: Tokens, device: Device = "cpu") -> Tensor:
 
 
 def load_block(source: RowReader, layer: int, device: Device = "cpu") -> Weights:
-    """Return the weights of block `layer` by `kind.part`, in float32."""
-    return {
-        f"{spec.kind}.{spec.part}": _tensor(source.read_rows(spec.name, 0, spec.rows), device).reshape(spec.shape)
-        for spec in source.tensors
-        if spec.layer == layer
-    }
+    """Return the weights of block `layer` by `kind.part`, in float32; a routed expert's are read when they are looked up."""
+
+    def read(spec: TensorSpec) -> Tensor:
+        return _tensor(source.read_rows(spec.name, 0, spec.rows), device).reshape(spec.shape)
+
+    return BlockWeights({spec.key: spec for spec in source.tensors if spec.layer == layer}, read)
 
 
 @torch.inference_mode()
 def _run_block_in_place(weights: Weights, config: ModelConfig, hidden: Tensor, turn: Rotation, layer: int) -> None:
+    sparse = config.is_sparse(layer)
     for window in hidden:
-        window.copy_(run_block(weights, config, window, turn))
+        window.copy_((run_attention if sparse else run_block)(weights, config, window, turn))
+    if sparse:  # over all windows at once: each expert is read once
+        hidden.copy_(run_mlp(weights, config, hidden))
+    for window in hidden:
         _require_finite(window, f"block {layer}")
 
 

@@ -6,7 +6,7 @@ loaded. No file of the folder may lie outside of it (links into the blobs of a H
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,16 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r1q.core.errors import InputError
-from r1q.core.files import is_bare_name, sha256_file
+from r1q.core.files import sha256_file
+from r1q.core.hf_folder import INDEX as INDEX
+from r1q.core.hf_folder import SINGLE as SINGLE
+from r1q.core.hf_folder import contained as contained
+from r1q.core.hf_folder import open_weights
 from r1q.core.safetensors_file import Entry, SafetensorsFile
 from r1q.core.tensors import TensorSpec
-from r1q.models.config import ModelConfig, read_json
+from r1q.models import fp8
+from r1q.models.config import ModelConfig
 from r1q.models.families import EMBEDDING, HEAD, tensor_specs
+from r1q.models.layout import Layout, Place, lay_out, read_place
 
 Floats = NDArray[np.float32]
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SIDECARS = (
     "config.json",
     "generation_config.json",
@@ -41,17 +44,27 @@ _COMPARE_ROWS = 4096
 
 
 class ModelSource:
-    """An opened checkpoint. `tensors` is in the model's order; `config` is its checked config.json.
+    """An opened checkpoint. `tensors` is in the model's order; `config` is its checked config.json; `notes` say what was left out.
 
     Rows follow `TensorSpec`: a matrix has `spec.rows` rows, a vector is one row.
     """
 
     def __init__(
-        self, path: Path, config: ModelConfig, tensors: tuple[TensorSpec, ...], files: Mapping[str, SafetensorsFile]
+        self,
+        path: Path,
+        config: ModelConfig,
+        tensors: tuple[TensorSpec, ...],
+        files: Mapping[str, SafetensorsFile],
+        layout: Layout,
     ) -> None:
         self.path, self.config, self.tensors = path, config, tensors
         self._specs = MappingProxyType({spec.name: spec for spec in tensors})
-        self._files = files
+        self._files, self._places = files, layout.places
+        self._scales: tuple[str, Floats] | None = None
+        count = len(layout.left_out)
+        self.notes = (
+            (f"{count} tensors left out ({layout.left_out[0]}, …): they predict further tokens",) if count else ()
+        )
 
     @classmethod
     def open(cls, path: Path, name: str | None = None) -> ModelSource:
@@ -65,14 +78,15 @@ class ModelSource:
             raise InputError(
                 f"{path} {what}; give a folder with a Hugging Face checkpoint (config.json, *.safetensors)"
             )
-        for sidecar in _sidecars(path):
+        for sidecar in sidecar_files(path):
             contained(path, sidecar.name)
         config = ModelConfig.read(path, name)
-        files = _open_files(path)
+        files = open_weights(path)
         headers: dict[str, Entry] = {name: file.tensors[name] for name, file in files.items()}
-        source = cls(path, config, tensor_specs(config, headers, str(path)), files)
+        layout = lay_out(config, headers, str(path))
+        source = cls(path, config, tensor_specs(config, layout.headers, str(path)), files, layout)
         if config.tied and HEAD in headers:
-            _check_repeated_head(path, files[HEAD], files[EMBEDDING])
+            check_repeated_head(path, files[HEAD], files[EMBEDDING])
         return source
 
     def spec(self, name: str) -> TensorSpec:
@@ -82,27 +96,46 @@ class ModelSource:
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
         """Return rows [start, stop) as float32 [stop − start, columns], a vector as [columns]; exact for every stored dtype.
 
-        Raises `InputError` with the tensor's name when a value is NaN or infinite.
+        8-bit floats come dequantized. Raises `InputError` with the tensor's name when a value is NaN or infinite.
         """
-        stored = self.raw_rows(name, start, stop)
-        if self.spec(name).dtype == "BF16":
-            wide = stored.astype(np.uint32)
-            wide <<= 16  # bfloat16 is the upper half of float32
-            return wide.view(np.float32)
-        return stored.astype(np.float32, copy=False)
+        place = self._places.get(name)
+        if place is None and self.spec(name).dtype != fp8.DTYPE:
+            return _widened(self.raw_rows(name, start, stop))
+        if not 0 <= start <= stop <= self.spec(name).rows:
+            raise ValueError(f"rows {start}:{stop} of {name}, which has {self.spec(name).rows}")
+        return read_place(place or Place(stored=name), self.config, start, stop, self._stored_rows)
 
     def raw_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Return rows as they are stored: float32, float16, or the bits of bfloat16 as uint16; finite, like `read_rows`."""
+        """Return rows as they are stored: float32, float16, or the bits of bfloat16 as uint16; finite, like `read_rows`.
+
+        Not for tensors that are not stored as they are: parts of others, and 8-bit floats.
+        """
         spec = self.spec(name)
         if not 0 <= start <= stop <= spec.rows:
             raise ValueError(f"rows {start}:{stop} of {name}, which has {spec.rows}")
         file = self._files[name]
         stored = file.read_rows(name, start, stop) if len(spec.shape) > 1 else file.read(name)
-        if not _is_finite(stored):
-            raise InputError(
-                f"{file.path}: {name} holds NaN or infinite weights; the checkpoint is broken, take another"
-            )
+        _require_finite(file.path, name, stored)
         return stored
+
+    def _stored_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Return rows of the stored tensor `name`, leading axes flattened, as finite float32 [rows, columns]."""
+        file = self._files[name]
+        stored = file.read_flat_rows(name, start, stop)
+        if file.tensors[name].dtype == fp8.DTYPE and self.config.fp8_block is not None:
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
+                values = fp8.dequantize(stored, self._scales_of(name), start, self.config.fp8_block)
+        else:
+            values = _widened(stored)
+        _require_finite(file.path, name, values)
+        return values
+
+    def _scales_of(self, name: str) -> Floats:
+        """Return the block scales of the 8-bit tensor `name`; those of the last one asked for are kept."""
+        if self._scales is None or self._scales[0] != name:
+            scale = f"{name}{fp8.SCALE_SUFFIX}"
+            self._scales = name, np.asarray(self._files[scale].read(scale), dtype=np.float32)
+        return self._scales[1]
 
     def fingerprint(self) -> dict[str, str]:
         """Return sha256 by file name: of the header and a sample of every tensor of weight files, of the whole of every sidecar."""
@@ -111,89 +144,17 @@ class ModelSource:
 
     def sidecars(self) -> list[Path]:
         """Return the files that belong to the model beside its weights: configs, tokenizer, chat templates."""
-        return _sidecars(self.path)
+        return sidecar_files(self.path)
 
 
-def contained(folder: Path, name: str) -> Path:
-    """Return `folder / name` if `name` is a bare file name and the file, links followed, lies in `folder`.
-
-    Links into the `blobs` of a Hugging Face download cache are allowed when `folder` is a snapshot of that cache.
-    Raises `InputError` otherwise.
-    """
-    if not is_bare_name(name) or ":" in name:
-        raise InputError(f"{folder}: the file name {name!r} leaves the folder; the checkpoint is not safe to read")
-    root = folder.resolve()
-    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    path = folder / name
-    if not any(path.resolve().is_relative_to(place) for place in allowed):
-        raise InputError(f"{path} is a link that leaves the folder; put the file itself there")
-    return path
-
-
-def _sidecars(folder: Path) -> list[Path]:
+def sidecar_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder that belong to the model beside its weights: configs, tokenizer, chat templates."""
     names = [*_SIDECARS, *sorted(path.name for path in folder.glob("*.jinja"))]
     return [folder / name for name in names if (folder / name).is_file()]
 
 
-def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
-    """Return the open file of every tensor name."""
-    if (folder / SINGLE).exists():
-        file = SafetensorsFile.open(contained(folder, SINGLE))
-        return dict.fromkeys(file.tensors, file)
-    if (folder / INDEX).exists():
-        return _open_shards(folder, _weight_map(folder))
-    raise InputError(_no_weights(folder))
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    index = contained(folder, INDEX)
-    table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not table or not all(isinstance(file, str) for file in table.values()):
-        raise InputError(f"{index}: weight_map does not map tensor names to file names; fetch it again")
-    return table
-
-
-def _open_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, SafetensorsFile]:
-    files: dict[str, SafetensorsFile] = {}
-    for shard in sorted(set(weight_map.values())):
-        path = contained(folder, shard)
-        if path.suffix != ".safetensors":
-            raise InputError(
-                f"{folder / INDEX} names {shard}, which is not a .safetensors file; convert the checkpoint first"
-            )
-        if not path.is_file():
-            raise InputError(f"{path} is missing, though {INDEX} names it; fetch the shard")
-        file = SafetensorsFile.open(path)
-        for name in file.tensors:
-            if weight_map.get(name) != shard:
-                raise InputError(
-                    f"{path} holds {name}, which {INDEX} places in {weight_map.get(name)}; fetch both again"
-                )
-            files[name] = file
-    absent = next((name for name in weight_map if name not in files), None)
-    if absent is not None:
-        raise InputError(f"{folder / weight_map[absent]} lacks {absent}, which {INDEX} places there; fetch both again")
-    return files
-
-
-def _no_weights(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    pickled = next((name for name in names if name.endswith(_PICKLED)), None)
-    if pickled:
-        return (
-            f"{folder} has only pickled weights ({pickled}), which can run code and are never loaded; where you trust them, convert: "
-            "transformers' AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) writes safetensors"
-        )
-    found = _first(name for name in names if name.endswith((".safetensors", ".gguf", ".onnx")))
-    return f"{folder} has neither {SINGLE} nor {INDEX}{f' (only {found})' if found else ''}; fetch the checkpoint's weights"
-
-
-def _first(names: Iterable[str]) -> str | None:
-    return next(iter(names), None)
-
-
-def _check_repeated_head(folder: Path, head: SafetensorsFile, embedding: SafetensorsFile) -> None:
-    """Refuse a tied model whose stored head is not its embedding: which of the two was meant is anyone's guess."""
+def check_repeated_head(folder: Path, head: SafetensorsFile, embedding: SafetensorsFile) -> None:
+    """Raise `InputError` for a tied model whose stored head is not its embedding: which of the two was meant is anyone's guess."""
     ours, theirs = embedding.tensors[EMBEDDING], head.tensors[HEAD]
     same = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and all(
         np.array_equal(
@@ -207,6 +168,20 @@ def _check_repeated_head(folder: Path, head: SafetensorsFile, embedding: Safeten
             f"{folder}: config.json ties the head to the embedding, but {HEAD} differs from {EMBEDDING}; "
             "set tie_word_embeddings to false, or remove the tensor"
         )
+
+
+def _widened(stored: NDArray[Any]) -> Floats:
+    """Return stored float32, float16 or bits of bfloat16 as float32."""
+    if stored.dtype == np.uint16:
+        wide = stored.astype(np.uint32)
+        wide <<= 16  # bfloat16 is the upper half of float32
+        return wide.view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
+def _require_finite(path: Path, name: str, stored: NDArray[Any]) -> None:
+    if not _is_finite(stored):
+        raise InputError(f"{path}: {name} holds NaN or infinite weights; the checkpoint is broken, take another")
 
 
 def _is_finite(stored: NDArray[Any]) -> bool:

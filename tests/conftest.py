@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -68,6 +69,12 @@ def echo_file(tmp_path: Path) -> Path:
     path = tmp_path / "small.echo"
     path.write_text('{"vocab": 24, "context": 48}')
     return path
+
+
+@pytest.fixture(scope="session")
+def moe_models() -> SimpleNamespace:
+    """Return what is in tests/moe_models.py: small models with experts, and transformers' logits of them."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("moe_models.py"))))
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 
 from r1q.core.errors import InputError
 from r1q.models.config import Llama3Scaling, ModelConfig, config_of
-from r1q.models.families import FAMILIES
 
 MakeModel = Callable[..., Path]
 SCALING: dict[str, Any] = {
@@ -128,7 +127,7 @@ def test_transformers_understands_the_same_from_the_same_json(raw: dict[str, Any
     assert old.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_absent_keys_mean_what_they_mean_to_transformers(name: str) -> None:
     from transformers import AutoConfig
 
@@ -257,7 +256,7 @@ def test_a_model_in_a_download_cache_is_named_after_its_repository(tmp_path: Pat
         (b"{", "is not valid JSON"),
         (b"\xff", "is not valid JSON"),
         (b"[" * 100_000, "is not valid JSON"),
-        (b" " * ((8 << 20) + 1), "that is no settings file"),
+        (b" " * ((32 << 20) + 1), "that is no settings file"),
     ],
     ids=["missing", "a list", "cut", "not text", "nested", "large"],
 )
