@@ -9,7 +9,7 @@ import click
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--to", "formats", required=True, metavar="FORMAT,…", help="gguf, gptq, or both.")
+@click.option("--to", "formats", required=True, metavar="FORMAT,…", help="gguf, gptq, onnx, or several with commas.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder. [default: beside the checkpoint]")
 def export(checkpoint: Path, formats: str, output: Path | None) -> None:
     """Write another format from CHECKPOINT, a folder that `r1q quantize` made: codes are copied, never made again."""

@@ -20,12 +20,13 @@ GRID = (
         default="gguf",
         show_default=True,
         metavar="FORMAT,…",
-        help="gguf, gptq, both, or checkpoint.",
+        help="gguf, gptq, onnx, several of them with commas, or checkpoint.",
     ),
     click.Option(
         ["--group-size"], type=int, metavar="N", help="Integers in groups of 32, 64, 128, or -1 for a whole row."
     ),
     click.Option(["--asymmetric"], is_flag=True, help="Integers with a zero point a group."),
+    click.Option(["--head-bits"], type=int, metavar="N", help="Bits of an integer head, 4 or 8 (default)."),
 )
 METHOD = (
     click.Option(

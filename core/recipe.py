@@ -193,8 +193,12 @@ def group_sizes(columns: int) -> list[int]:
     return [size for size in GROUP_SIZES if columns % size == 0]
 
 
-def integer_recipe(bits: int, group_size: int | None, symmetric: bool, tensors: Iterable[TensorSpec]) -> Recipe:
+def integer_recipe(
+    bits: int, group_size: int | None, symmetric: bool, tensors: Iterable[TensorSpec], *, head_bits: int = 8
+) -> Recipe:
     """Return the recipe for `bits`-bit integers in every block, with an 8-bit embedding and head (float where 32 does not divide).
+
+    `head_bits` 4 or 8 is the head's; a tied head is the embedding, which then has them too.
 
     `group_size` None takes the largest of 128, 64 and 32 that divides every row, else the whole row. Symmetric int4 and int8 in
     groups of 32 are llama.cpp's q4_0 and q8_0, and named so.
@@ -205,14 +209,20 @@ def integer_recipe(bits: int, group_size: int | None, symmetric: bool, tensors: 
         common = [size for size in GROUP_SIZES if all(spec.columns % size == 0 for spec in inside)]
         group_size = common[0] if common else WHOLE_ROW
     scheme = Scheme(grid=f"int{bits}", group_size=group_size, symmetric=symmetric)
-    eight, half = Scheme(grid="q8_0"), Scheme(grid="f16")
+    tied = not any(spec.kind == "output" for spec in matrices)
     rules = tuple(
-        Rule(tensors=spec.gguf_name, scheme=eight if eight.divides(spec.columns) else half)
+        Rule(tensors=spec.gguf_name, scheme=_end_scheme(head_bits if tied or spec.kind == "output" else 8, spec))
         for spec in matrices
         if spec.layer is None
     )
     label = f"int{bits}-{'row' if group_size == WHOLE_ROW else f'g{group_size}'}{'' if symmetric else '-asym'}"
+    label += "" if head_bits == 8 else f"-head{head_bits}"
     return Recipe(name=label, base=canonical(scheme), rules=rules)
+
+
+def _end_scheme(bits: int, spec: TensorSpec) -> Scheme:
+    integers = Scheme(grid={4: "q4_0", 8: "q8_0"}[bits])
+    return integers if integers.divides(spec.columns) else Scheme(grid="f16")
 
 
 def canonical(scheme: Scheme) -> Scheme:

@@ -22,7 +22,13 @@ from r1q.export.onnx_graph import Shape, build_graph
 from r1q.export.onnx_weights import place_weights
 from r1q.models.config import ModelConfig
 
-FOLDER, GRAPH, EVERY, DATA, CONFIG = "onnx", "model.onnx", "model_all_logits.onnx", "model.onnx.data", "genai_config.json"
+FOLDER, GRAPH, EVERY, DATA, CONFIG = (
+    "onnx",
+    "model.onnx",
+    "model_all_logits.onnx",
+    "model.onnx.data",
+    "genai_config.json",
+)
 MAX_CONTEXT = 32768  # R1's own answers are cut there; a rotary table of more positions only takes memory
 
 

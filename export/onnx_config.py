@@ -58,7 +58,10 @@ def genai_config(config: ModelConfig, sidecar: Path, context: int, filename: str
 
 def _search(generation: Any, template: str | None, max_length: int) -> dict[str, object]:
     """Return sampling: R1's for R1's chat template, where generation_config.json does not say its own."""
-    asked = {**(R1_SAMPLING if is_r1_template(template) else {}), **{k: v for k, v in generation.items() if v is not None}}
+    asked = {
+        **(R1_SAMPLING if is_r1_template(template) else {}),
+        **{k: v for k, v in generation.items() if v is not None},
+    }
     numbers = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
     sampled = bool(asked.get("do_sample", "temperature" in asked))
     return {

@@ -89,6 +89,10 @@ class _Nodes:
             block_size=table.form.block, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
+    def normalize(self, name: str, x: str, gamma: str, epsilon: float) -> str:
+        """Divide the last axis of `x` by its root mean square and multiply by `gamma`."""
+        return self.add("SimplifiedLayerNormalization", name, [x, gamma], axis=-1, epsilon=epsilon, stash_type=1)
+
     def split(self, name: str, x: str, parts: Sequence[int]) -> list[str]:
         """Cut the last axis of `x` into `parts`."""
         outputs = [f"{name}/output_{index}" for index in range(len(parts))]
@@ -149,14 +153,11 @@ def _block(
     return residual, _mlp(nodes, f"{name}/mlp", f"{tensor}.mlp", x)
 
 
-def _norm(
-    nodes: _Nodes, config: ModelConfig, name: str, weight: str, residual: str, branch: str
-) -> tuple[str, str]:
+def _norm(nodes: _Nodes, config: ModelConfig, name: str, weight: str, residual: str, branch: str) -> tuple[str, str]:
     """Add `branch` to the residual stream and normalize; return both sums. The first norm has nothing to add to."""
     gamma = nodes.weights.vectors[weight]
     if not residual:
-        operator = {"axis": -1, "epsilon": config.rms_norm_eps, "stash_type": 1}
-        return branch, nodes.add("SimplifiedLayerNormalization", f"{name}/LayerNorm", [branch, gamma], **operator)
+        return branch, nodes.normalize(f"{name}/LayerNorm", branch, gamma, config.rms_norm_eps)
     outputs = [f"{name}/output_0", "", "", f"{name}/output_3"]
     skip = f"{name}/SkipLayerNorm"
     inputs = [residual, branch, gamma]
@@ -201,10 +202,7 @@ def _head_norm(nodes: _Nodes, config: ModelConfig, layer: int, part: str, x: str
     name = f"/model/layers.{layer}/attn/{part}_norm"
     gamma = nodes.weights.vectors[f"model.layers.{layer}.self_attn.{part}_norm.weight"]
     heads = nodes.add("Reshape", f"{name}/Reshape_1", [x, nodes.integers(0, 0, -1, config.head_dim)])
-    normed = nodes.add(
-        "SimplifiedLayerNormalization", f"{name}/LayerNorm", [heads, gamma], axis=-1, epsilon=config.rms_norm_eps,
-        stash_type=1,
-    )  # fmt: skip
+    normed = nodes.normalize(f"{name}/LayerNorm", heads, gamma, config.rms_norm_eps)
     return nodes.add("Reshape", f"{name}/Reshape_2", [normed, nodes.integers(0, 0, width)])
 
 
@@ -229,15 +227,14 @@ def _external(placed: Placed, location: str) -> onnx.TensorProto:
 
 def _values(config: ModelConfig, shape: Shape) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
     """Return the graph's inputs and outputs; a name stands for an axis that is free."""
-    cache = ["batch_size", config.num_kv_heads, "{}_sequence_length", config.head_dim]
 
     def value(name: str, kind: int, *dims: int | str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, dims)
 
     def caches(pattern: str, when: str) -> list[onnx.ValueInfoProto]:
-        dims = [dim.format(when) if isinstance(dim, str) else dim for dim in cache]
+        heads, length = config.num_kv_heads, f"{when}_sequence_length"
         return [
-            value(pattern.format(layer, part), TensorProto.FLOAT, *dims)
+            value(pattern.format(layer, part), TensorProto.FLOAT, "batch_size", heads, length, config.head_dim)
             for layer in range(config.num_layers)
             for part in ("key", "value")
         ]

@@ -12,6 +12,7 @@ from r1q.core.tensors import TensorSpec
 
 INTEGER_BITS = tuple(GRIDS[name].bits for name in INT_GRIDS)
 DEFAULT_BITS = 4
+HEAD_BITS = (4, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,12 +23,14 @@ class Wish:
     scheme: str | None = None
     group_size: int | None = None
     symmetric: bool = True
+    head_bits: int | None = None
     formats: tuple[str, ...] = ("gguf",)
 
     @property
     def integers(self) -> bool:
         """Whether the options mean an integer grid and not one of GGUF's own presets."""
-        return self.formats != ("gguf",) or self.group_size is not None or not self.symmetric
+        asked = self.group_size is not None or self.head_bits is not None or not self.symmetric
+        return asked or self.formats != ("gguf",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +49,8 @@ def choose_recipe(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
     if wish.bits is not None and wish.scheme is not None:
         raise UsageError("give --bits or --scheme, not both: --scheme already says the bits")
     if wish.scheme is not None:
-        if wish.group_size is not None or not wish.symmetric:
-            raise UsageError("--group-size and --asymmetric go with --bits; a --scheme has its own blocks")
+        if wish.group_size is not None or wish.head_bits is not None or not wish.symmetric:
+            raise UsageError("--group-size, --head-bits and --asymmetric go with --bits; a --scheme has its own")
         recipe = Recipe.load(wish.scheme)
         return Choice(recipe=recipe, reason=f"{recipe.name}, as --scheme says")
     return _integers(wish, tensors) if wish.integers else _preset(wish)
@@ -67,14 +70,18 @@ def _integers(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
     if bits not in INTEGER_BITS:
         raise UsageError(f"there is no {bits}-bit integer grid; --bits takes {', '.join(map(str, INTEGER_BITS))} here")
     group_size = 32 if wish.group_size is None and "gguf" in wish.formats else wish.group_size
-    recipe = integer_recipe(bits, group_size, wish.symmetric, tensors)
+    head_bits = 8 if wish.head_bits is None else wish.head_bits
+    if head_bits not in HEAD_BITS:
+        raise UsageError(f"a head of {head_bits} bits is none of {', '.join(map(str, HEAD_BITS))}")
+    recipe = integer_recipe(bits, group_size, wish.symmetric, tensors, head_bits=head_bits)
     if wish.group_size is not None:
         why = f"groups of {wish.group_size} as asked" if wish.group_size > 0 else "one group a row as asked"
     elif group_size == 32:
         why = "groups of 32, which GGUF and GPTQ both hold"
     else:
         why = "the largest usual group that divides every row"
-    reason = f"{recipe.name} ({recipe.base}): {_asked(wish)}, {why}; embedding and head in 8 bits"
+    ends = "embedding and head in 8 bits" if head_bits == 8 else f"head in {head_bits} bits"
+    reason = f"{recipe.name} ({recipe.base}): {_asked(wish)}, {why}; {ends}"
     return Choice(recipe=recipe, reason=reason)
 
 

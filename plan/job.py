@@ -32,6 +32,7 @@ class Job:
     formats: tuple[str, ...] = ("gguf",)
     group_size: int | None = None
     asymmetric: bool = False
+    head_bits: int | None = None
     method: str | None = None
     imatrix: Path | None = None
     effort: str | None = None
@@ -58,6 +59,7 @@ class Job:
             scheme=self.scheme,
             group_size=self.group_size,
             symmetric=not self.asymmetric,
+            head_bits=self.head_bits,
             formats=self.formats,
         )
 

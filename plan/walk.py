@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from r1q import __version__
 from r1q.core.artifact import Artifact, OutputFolder, find_reference
 from r1q.core.checkpoint import MANIFEST, QuantizedCheckpoint
-from r1q.core.errors import InputError
+from r1q.core.errors import InputError, MissingError
 from r1q.core.files import remove_leftovers
 from r1q.models.embedded import OpenedModel
 from r1q.plan.plan import Plan
@@ -77,11 +78,13 @@ def export_checkpoint(output: OutputFolder, formats: Sequence[str]) -> Iterator[
 
 
 def _refuse_unexportable(source: Path, formats: Sequence[str]) -> None:
-    """Raise `InputError` for a tokenizer that llama.cpp would read differently: before the work, not after it."""
+    """Raise `InputError` for a tokenizer that llama.cpp would read differently, `MissingError` without onnx: before the work."""
     if "gguf" in formats:
         from r1q.export.gguf import prove_source
 
         prove_source(source)
+    if "onnx" in formats and find_spec("onnx") is None:
+        raise MissingError("ONNX export needs the package onnx: pip install 'r1q[onnx]'")
 
 
 def _gguf(checkpoint: QuantizedCheckpoint, folder: Path) -> tuple[Path, tuple[str, ...]]:

@@ -53,6 +53,15 @@ def test_gguf_beside_gptq_takes_the_group_that_both_hold() -> None:
     refuse_unfit(resolve(choose_recipe(wish, tensors(576)).recipe, tensors(576), SHAPE), wish.formats)
 
 
+def test_a_head_in_four_bits_is_the_embeddings_where_they_are_one() -> None:
+    wish = Wish(bits=4, head_bits=4)
+    assert schemes(wish) == ["q8_0", "q4_0", "q4_0", "q4_0"]
+    choice = choose_recipe(wish, tensors(576)[:-1])
+    tied = resolve(choice.recipe, tensors(576)[:-1], SHAPE)
+    assert [str(planned.scheme) for planned in tied] == ["q4_0", "q4_0", "q4_0"]
+    assert choice.recipe.name == "int4-g32-head4"
+
+
 def test_a_group_that_does_not_divide_is_refused_with_those_that_would() -> None:
     with pytest.raises(
         UsageError, match=r"n\.attn_q\.weight: rows of 576 .* groups of 128; group sizes that do: 64, 32, or -1"
@@ -99,6 +108,6 @@ def test_one_grid_a_gptq_folder() -> None:
 def test_formats_are_a_list() -> None:
     assert parse_formats("gguf, GPTQ,gguf") == ("gguf", "gptq")
     assert parse_formats("checkpoint") == ()
-    for text, says in [("ggfu", "did you mean gguf"), ("onnx", "not in this version"), (",", "needs a format")]:
+    for text, says in [("ggfu", "did you mean gguf"), ("onxx", "did you mean onnx"), (",", "needs a format")]:
         with pytest.raises(UsageError, match=says):
             parse_formats(text)
