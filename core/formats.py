@@ -45,7 +45,12 @@ def _refuse_for_gguf(tensors: Iterable[PlannedTensor]) -> None:
 
 
 def _elsewhere(scheme: Scheme) -> str:
-    return "; GPTQ and ONNX folders hold it: --to gptq,onnx" if scheme.symmetric else "; an ONNX folder holds it: --to onnx"
+    """Return which formats hold integers that GGUF does not, as the end of a sentence."""
+    holders = [
+        *(["gptq"] if scheme.symmetric else []),
+        *(["onnx"] if scheme.facts.bits in ONNX_BITS else []),
+    ]
+    return f"; --to {','.join(holders)} has one" if holders else ""
 
 
 def gptq_scheme(planned: Iterable[PlannedTensor]) -> Scheme:
@@ -102,9 +107,7 @@ def onnx_form(scheme: Scheme, columns: int) -> BlockForm | None:
     block = next((block for block in ONNX_BLOCKS if group % block == 0), None)
     if block is None:
         raise UsageError(f"ONNX Runtime has no kernel for groups of {group}: multiples of 16 work, as --group-size 32")
-    return BlockForm(
-        bits=integers.facts.bits, block=block, repeats=group // block, symmetric=integers.symmetric
-    )
+    return BlockForm(bits=integers.facts.bits, block=block, repeats=group // block, symmetric=integers.symmetric)
 
 
 def _refuse_for_onnx(tensors: Iterable[PlannedTensor]) -> None:
