@@ -41,7 +41,7 @@ class Worked:
 Generator = Callable[[random.Random], Worked]
 
 
-def draw_problem(seed: int, index: int) -> Problem:
+def draw_problem(seed: int | str, index: int) -> Problem:
     """Return problem `index` of `seed`, always the same; the kinds take turns."""
     kinds = list(all_kinds())
     kind = kinds[index % len(kinds)]
