@@ -12,7 +12,7 @@ import os
 import stat
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from r1q.core.errors import InputError
 from r1q.core.files import is_bare_name
 from r1q.core.onnx_graph import OnnxGraph, OnnxTensor, parse_graph
+from r1q.core.onnx_schema import BITS, STORED
 
 Array = NDArray[Any]
 MODEL, ALL_LOGITS, CONFIG = "model.onnx", "model_all_logits.onnx", "genai_config.json"
@@ -96,9 +97,17 @@ class OnnxFolder:
         return tensor.array(self._map(tensor, 0, tensor.nbytes))
 
     def read_rows(self, tensor: OnnxTensor, start: int, stop: int) -> Array:
-        """Return rows [start, stop) along the first axis of an initializer of at least 8 bits a value."""
-        whole = self.read(tensor)
-        return whole[start:stop]
+        """Return rows [start, stop) along the first axis of an initializer of whole bytes a value; only they are mapped."""
+        rows, *sides = tensor.shape
+        if not 0 <= start <= stop <= rows or BITS[tensor.dtype] < 8:
+            raise ValueError(f"rows {start}:{stop} of {tensor.name}, {tensor.dtype} {list(tensor.shape)}")
+        if tensor.location is None or start == stop or not tensor.nbytes:
+            return (
+                tensor.array(tensor.inline)[start:stop] if start < stop else np.empty((0, *sides), STORED[tensor.dtype])
+            )
+        row = tensor.nbytes // rows
+        part = replace(tensor, shape=(stop - start, *sides), nbytes=row * (stop - start))
+        return part.array(self._map(tensor, start * row, stop * row))
 
     def check_finite(self, tensors: Iterable[OnnxTensor] | None = None) -> None:
         """Raise `InputError` for a float initializer (of `tensors`, else of every graph) that holds a NaN or an infinity."""

@@ -16,13 +16,16 @@ from r1q.core.artifact import ARTIFACTS, CHECKPOINT, WHERE, Artifact, OutputFold
 from r1q.core.checkpoint import JOB, MANIFEST, QuantizedCheckpoint, TensorRecord
 from r1q.core.errors import InputError
 from r1q.core.files import sha256_file
+from r1q.core.onnx_file import CONFIG as GENAI_CONFIG
+from r1q.core.onnx_file import MODEL as ONNX_MODEL
 from r1q.export.verified import Defect, Verified
 from r1q.export.verify_gguf import verify_gguf
 from r1q.export.verify_gptq import verify_gptq
+from r1q.export.verify_onnx import verify_onnx
 
 SLAB_BYTES = 1 << 24
 Verifier = Callable[[QuantizedCheckpoint, Path], Verified]
-_VERIFIERS: Mapping[str, Verifier] = {"gguf": verify_gguf, "gptq": verify_gptq}
+_VERIFIERS: Mapping[str, Verifier] = {"gguf": verify_gguf, "gptq": verify_gptq, "onnx": verify_onnx}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +40,7 @@ class _Subject:
 def verify_path(path: Path) -> Iterator[Verified]:
     """Yield what is found out about the checkpoint that `path` belongs to, then about each artifact.
 
-    `path` is an output folder (every artifact in it), its checkpoint folder, or one artifact: a GGUF file or a GPTQ folder.
+    `path` is an output folder (every artifact in it), its checkpoint folder, or one artifact: a GGUF file, a GPTQ or an ONNX folder.
     Raises `InputError` where there is nothing to compare with or the manifest cannot be read; what is wrong with other files is in
     the results (see `refuse_failed`).
     """
@@ -151,6 +154,8 @@ def _find(path: Path) -> _Subject:
             artifacts=tuple((name, path / artifact.name, artifact) for name, artifact in listed.items()),
             notes=tuple(f"{name} is not in {ARTIFACTS} and was not checked: give its own path" for name in others),
         )
+    if path.is_file() and path.suffix.lower() == ".onnx":
+        path = path.absolute().parent
     format_name = _format(path)
     checkpoint = _checkpoint_of(path.absolute().parent)
     if checkpoint is None:
@@ -166,9 +171,11 @@ def _find(path: Path) -> _Subject:
 def _format(path: Path) -> str:
     if path.is_file() and path.suffix.lower() == ".gguf":
         return "gguf"
+    if path.is_dir() and any((path / name).is_file() for name in (GENAI_CONFIG, ONNX_MODEL)):
+        return "onnx"
     if path.is_dir() and (path / "config.json").is_file():
         return "gptq"
-    raise InputError(f"{path} is neither a folder of r1q quantize, nor a .gguf file, nor a GPTQ folder")
+    raise InputError(f"{path} is neither a folder of r1q quantize, nor a .gguf file, nor a GPTQ or ONNX folder")
 
 
 def _checkpoint_of(folder: Path) -> Path | None:

@@ -8,6 +8,7 @@ and i + d/2.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from r1q.core.qtensor import Floats
 from r1q.core.scheme import GRIDS
 from r1q.core.tensors import TensorSpec
 from r1q.export.verified import Defect, Verified
+from r1q.export.verify_rope import frequency, plain_frequency
 
 if TYPE_CHECKING:
     from r1q.models.config import ModelConfig
@@ -44,7 +46,7 @@ def verify_gguf(checkpoint: QuantizedCheckpoint, path: Path) -> Verified:
         config = ModelConfig.read(checkpoint.sidecar, name=checkpoint.model_name)
     except InputError as error:
         return Verified(format="gguf", path=path, files=0, tensors=0, defects=(_unreadable(path, error),))
-    names = gguf_names(config.family, config.num_layers, checkpoint)
+    names = gguf_names(config.architecture, config.num_layers, checkpoint)
     defects = [*_metadata_defects(file, config), *_name_defects(file, names, config)]
     compared = 0
     for spec in checkpoint.tensors:
@@ -52,7 +54,7 @@ def verify_gguf(checkpoint: QuantizedCheckpoint, path: Path) -> Verified:
         if tensor is not None:
             compared += 1
             try:
-                defects += _tensor_defects(checkpoint, file, spec, tensor)
+                defects += _tensor_defects(checkpoint, file, spec, tensor, config)
             except InputError as error:
                 defects.append(Defect(where=tensor.name, what=str(error), difference=math.inf, unreadable=True))
     if FACTORS in file.tensors and config.rope_scaling is not None:
@@ -61,20 +63,26 @@ def verify_gguf(checkpoint: QuantizedCheckpoint, path: Path) -> Verified:
     return Verified(format="gguf", path=path, files=0, tensors=compared, defects=tuple(defects))
 
 
-def gguf_names(family: str, layers: int, checkpoint: QuantizedCheckpoint) -> dict[str, str]:
+def gguf_names(architecture: str, layers: int, checkpoint: QuantizedCheckpoint) -> dict[str, str]:
     """Return llama.cpp's name of every tensor by Hugging Face's, from the table in gguf."""
     import gguf
 
-    architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
-    table = gguf.get_tensor_name_map(architecture, layers)
-    found = {spec.name: table.get_name(spec.name, (".weight", ".bias")) for spec in checkpoint.tensors}
+    number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(number, layers)
+    found = {s.name: table.get_name(_without_expert(s.name), (".weight", ".bias")) for s in checkpoint.tensors}
     return {name: str(known) if known else name for name, known in found.items()}
+
+
+def _without_expert(name: str) -> str:
+    """Return a name as gguf's table has it: experts under one name, the router's correction as a bias."""
+    stacked = re.sub(r"\.mlp\.experts\.\d+\.", ".mlp.experts.", name)
+    return stacked.replace(".gate.e_score_correction_bias", ".gate.e_score_correction.bias")
 
 
 def _metadata_defects(file: GgufFile, config: ModelConfig) -> Iterator[Defect]:
     """Yield the hyper-parameters that the file states otherwise than the model's config.json."""
-    if file.architecture != config.family:
-        yield Defect(where="general.architecture", what=f"is {file.architecture!r}, the model is {config.family}")
+    if file.architecture != config.architecture:
+        yield Defect(where="general.architecture", what=f"is {file.architecture!r}, the model is {config.architecture}")
         return
     wanted: Mapping[str, float] = {
         "block_count": config.num_layers,
@@ -82,18 +90,53 @@ def _metadata_defects(file: GgufFile, config: ModelConfig) -> Iterator[Defect]:
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
+        "attention.head_count_kv": 1 if config.latent else config.num_kv_heads,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": config.rope_theta,
     }
     # llama.cpp's own default where a file does not say the length of a head.
     default = config.hidden_size // config.num_heads
-    optional = {"attention.key_length": default, "attention.value_length": default}
-    for key, value in {**wanted, **dict.fromkeys(optional, config.head_dim)}.items():
-        stated = file.metadata.get(f"{config.family}.{key}", optional.get(key))
+    optional = {} if config.latent else {"attention.key_length": default, "attention.value_length": default}
+    for key, value in {
+        **wanted,
+        **dict.fromkeys(optional, config.head_dim),
+        **_moe_numbers(config.raw, config),
+    }.items():
+        stated = file.metadata.get(f"{config.architecture}.{key}", optional.get(key))
         if not isinstance(stated, int | float) or not math.isclose(stated, value, rel_tol=_ROUNDING):
             said = "is missing" if stated is None else f"is {stated}"
-            yield Defect(where=f"{config.family}.{key}", what=f"{said}, the model's config.json says {value}")
+            yield Defect(where=f"{config.architecture}.{key}", what=f"{said}, the model's config.json says {value}")
+
+
+def _moe_numbers(raw: Mapping[str, Any], config: ModelConfig) -> Mapping[str, float]:
+    """Return what a file must say of experts and latent attention, from config.json itself where it states it."""
+    if config.experts is None:
+        return {}
+    stated = {
+        "expert_used_count": raw.get("num_experts_per_tok"),
+        "expert_feed_forward_length": raw.get("moe_intermediate_size"),
+        "expert_count": raw.get("n_routed_experts", raw.get("num_experts", raw.get("num_local_experts"))),
+    }
+    if config.latent is not None:
+        rank, turned = raw.get("kv_lora_rank", 512), raw.get("qk_rope_head_dim", 64)
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        all_dim = rope.get("mscale_all_dim")
+        stated |= {
+            "attention.kv_lora_rank": rank,
+            "attention.key_length": rank + turned,
+            "attention.value_length": rank,
+            "attention.key_length_mla": raw.get("qk_nope_head_dim", 128) + turned,
+            "attention.value_length_mla": raw.get("v_head_dim", 128),
+            "rope.dimension_count": turned,
+            "expert_shared_count": raw.get("n_shared_experts"),
+            "expert_weights_scale": raw.get("routed_scaling_factor"),
+            "expert_gating_func": 2 if config.family == "deepseek_v3" else 1,
+            "rope.scaling.factor": rope.get("factor"),
+            "rope.scaling.original_context_length": rope.get("original_max_position_embeddings"),
+            "rope.scaling.yarn_log_multiplier": all_dim and 0.1 * all_dim,
+            "expert_group_count": raw.get("n_group") if config.family == "deepseek_v3" else None,
+        }
+    return {key: value for key, value in stated.items() if value is not None}
 
 
 def _name_defects(file: GgufFile, names: Mapping[str, str], config: ModelConfig) -> Iterator[Defect]:
@@ -127,12 +170,13 @@ class _Count:
 
 
 def _tensor_defects(
-    checkpoint: QuantizedCheckpoint, file: GgufFile, spec: TensorSpec, tensor: GgufTensor
+    checkpoint: QuantizedCheckpoint, file: GgufFile, spec: TensorSpec, tensor: GgufTensor, config: ModelConfig
 ) -> Iterator[Defect]:
     scheme = checkpoint.scheme(spec.name)
     expected = scheme.grid if spec.is_matrix else "f32"
-    if tensor.shape != spec.shape or tensor.type != expected:
-        have, want = (f"{kind} {list(shape)}" for kind, shape in ((tensor.type, tensor.shape), (expected, spec.shape)))
+    shape = _shape_in_file(spec, config)
+    if tensor.shape != shape or tensor.type != expected:
+        have, want = (f"{kind} {list(sides)}" for kind, sides in ((tensor.type, tensor.shape), (expected, shape)))
         yield Defect(where=tensor.name, what=f"is {have}, the checkpoint has {want}", difference=math.inf)
         return
     try:
@@ -140,19 +184,30 @@ def _tensor_defects(
     except InputError as error:
         yield Defect(where=tensor.name, what=str(error), difference=math.inf)
         return
-    count = _Count()
+    count, first = _Count(), (spec.expert or 0) * spec.rows
+    where = tensor.name if spec.expert is None else f"{tensor.name}, expert {spec.expert}"
     if spec.is_matrix and GRIDS[expected].family == "ggml":
         for start, stop in _slabs(spec, head):
-            _compare_blocks(count, checkpoint, spec, start, _unturned(file.read_rows(tensor.name, start, stop), head))
+            rows = file.read_rows(tensor.name, first + start, first + stop)
+            _compare_blocks(count, checkpoint, spec, start, _unturned(rows, head))
     elif spec.is_matrix:
         for start, stop in _slabs(spec, head):
-            decoded = _decode(_unturned(file.read_rows(tensor.name, start, stop), head), expected)
+            decoded = _decode(_unturned(file.read_rows(tensor.name, first + start, first + stop), head), expected)
             _compare_floats(count, decoded, checkpoint.read_rows(spec.name, start, stop))
     else:
         values = _decode(file.read_bytes(tensor.name).reshape(1, -1), expected).reshape(-1)
         _compare_floats(count, _unturned(values, head), checkpoint.read_rows(spec.name, 0, 1).reshape(-1))
-    if (defect := count.defect(tensor.name)) is not None:
+    if (defect := count.defect(where)) is not None:
         yield defect
+
+
+def _shape_in_file(spec: TensorSpec, config: ModelConfig) -> tuple[int, ...]:
+    """Return the shape of the tensor that holds `spec`: experts stacked, the halves of kv_b by heads."""
+    if spec.expert is not None and config.experts is not None:
+        return (config.experts.count, *spec.shape)
+    if spec.name.endswith((".k_b_proj.weight", ".v_b_proj.weight")):
+        return (config.num_heads, spec.rows // config.num_heads, spec.columns)
+    return spec.shape
 
 
 def _compare_blocks(
@@ -230,26 +285,16 @@ def _unturned(rows: NDArray[Any], head: int | None) -> NDArray[Any]:
 
 def _factor_defects(file: GgufFile, config: ModelConfig) -> Iterator[Defect]:
     """Hold the stored frequency factors against transformers' rule for Llama 3.1, one frequency at a time."""
-    scaling, tensor = config.rope_scaling, file.tensors[FACTORS]
-    if scaling is None or tensor.type != "f32" or tensor.shape != (config.head_dim // 2,):
+    tensor = file.tensors[FACTORS]
+    if tensor.type != "f32" or tensor.shape != (config.head_dim // 2,):
         yield Defect(where=FACTORS, what=f"is {tensor.type} {list(tensor.shape)}", difference=math.inf)
         return
     count = _Count()
     have = _decode(file.read_bytes(FACTORS).reshape(1, -1), "f32").reshape(-1)
     for index, factor in enumerate(have.tolist()):
-        frequency = config.rope_theta ** (-2 * index / config.head_dim)
-        wavelength, length = 2 * math.pi / frequency, scaling.original_max_position_embeddings
-        if wavelength < length / scaling.high_freq_factor:
-            scaled = frequency
-        elif wavelength > length / scaling.low_freq_factor:
-            scaled = frequency / scaling.factor
-        else:
-            smooth = (length / wavelength - scaling.low_freq_factor) / (
-                scaling.high_freq_factor - scaling.low_freq_factor
-            )
-            scaled = (1 - smooth) * frequency / scaling.factor + smooth * frequency
-        if not math.isclose(factor, frequency / scaled, rel_tol=_ROUNDING):
-            count.measure(np.array([factor], np.float32), np.array([frequency / scaled], np.float32))
+        want = plain_frequency(config, index) / frequency(config, index)
+        if not math.isclose(factor, want, rel_tol=_ROUNDING):
+            count.measure(np.array([factor], np.float32), np.array([want], np.float32))
     if (defect := count.defect(FACTORS)) is not None:
         yield defect
 
