@@ -56,6 +56,7 @@ def serve(artifact: Path | None, **options: Any) -> None:
         raise MissingError(f"r1q serve needs {error.name}: pip install 'r1q[serve]'") from error
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # below it: a line for every request that is no HTTP
     settings = Settings(**options)
     listener = listen(settings)
     opened = open_artifact(artifact or newest_or_embedded(), settings)
