@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,14 +51,21 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
-    """The summary of scores. `perplexity` is exp of the mean nll; `top1` a fraction of 1 with its binomial error."""
+    """The summary of scores. `perplexity` is exp of the mean nll; `top1` a fraction of 1 with its binomial error.
+
+    `perplexity_ratio` is to the reference's, `rms_delta` the root mean square of p(token) − p_ref(token); both need its nll.
+    """
 
     tokens: int
     perplexity: Estimate
     kld: Estimate | None = None
     kld_median: float | None = None
+    kld_p90: Estimate | None = None
+    kld_p99: Estimate | None = None
     kld_max: float | None = None
     top1: Estimate | None = None
+    perplexity_ratio: Estimate | None = None
+    rms_delta: Estimate | None = None
 
 
 def log_softmax(logits: Logits | Doubles) -> Doubles:
@@ -107,22 +114,65 @@ def merge(parts: Iterable[TokenScores]) -> TokenScores:
     )
 
 
-def summarize(scores: TokenScores) -> Fidelity:
-    """Return perplexity, divergence and agreement of `scores` with their standard errors."""
+def summarize(scores: TokenScores, reference_nll: Doubles | None = None) -> Fidelity:
+    """Return perplexity, divergence and agreement of `scores` with their standard errors.
+
+    `reference_nll` [n] is the reference's own −ln p(token) of the same tokens; ValueError where they are not as many.
+    """
     nll = mean(scores.nll)
     value = math.exp(nll.value)
     # The error of exp(x) to first order: exp(x)·error(x), as llama-perplexity gives it.
     perplexity = Estimate(value=value, error=None if nll.error is None else value * nll.error)
+    ratio = None if reference_nll is None else perplexity_ratio(scores.nll, reference_nll)
+    delta = None if reference_nll is None else rms_delta(scores.nll, reference_nll)
+    bare = Fidelity(tokens=len(scores.nll), perplexity=perplexity, perplexity_ratio=ratio, rms_delta=delta)
     if scores.kld is None or scores.same_top is None:
-        return Fidelity(tokens=len(scores.nll), perplexity=perplexity)
-    return Fidelity(
-        tokens=len(scores.nll),
-        perplexity=perplexity,
+        return bare
+    return replace(
+        bare,
         kld=mean(scores.kld),
         kld_median=float(np.median(scores.kld)),
+        kld_p90=quantile(scores.kld, 0.90),
+        kld_p99=quantile(scores.kld, 0.99),
         kld_max=float(scores.kld.max()),
         top1=mean(scores.same_top.astype(np.float64)),
     )
+
+
+def perplexity_ratio(nll: Doubles, reference_nll: Doubles) -> Estimate:
+    """Return exp(mean(nll − reference_nll)) and its standard error, exp(·)·error(·), of the differences token by token.
+
+    Paired: where both find the same tokens hard, the ratio is known much better than either perplexity.
+    """
+    _require_pairs(nll, reference_nll)
+    difference = mean(nll - reference_nll)
+    value = math.exp(difference.value)
+    return Estimate(value=value, error=None if difference.error is None else value * difference.error)
+
+
+def rms_delta(nll: Doubles, reference_nll: Doubles) -> Estimate:
+    """Return √mean(Δp²), Δp = p(token) − p_ref(token) = e^−nll − e^−reference_nll, and its error, error(mean Δp²)/(2·rms)."""
+    _require_pairs(nll, reference_nll)
+    squares = mean((np.exp(-nll) - np.exp(-reference_nll)) ** 2)
+    value = math.sqrt(squares.value)
+    # To first order, as llama-perplexity gives it; at zero there is no first order, and no spread either.
+    return Estimate(value=value, error=None if squares.error is None else squares.error / (2 * value) if value else 0.0)
+
+
+def quantile(samples: Doubles, share: float) -> Estimate:
+    """Return the quantile of `samples` [n ≥ 1] below which `share` of them lie, interpolated, and its standard error.
+
+    The error is half the distance between the order statistics one binomial deviation, √(n·share·(1−share)), below and above;
+    None where they lie outside the samples.
+    """
+    if len(samples) == 0:
+        raise ValueError("no samples")
+    ordered = np.sort(samples)
+    place, spread = share * (len(ordered) - 1), math.sqrt(len(ordered) * share * (1 - share))
+    low, high = round(place - spread), round(place + spread)
+    inside = low >= 0 and high < len(ordered) and low < high
+    error = float(ordered[high] - ordered[low]) / 2 if inside else None
+    return Estimate(value=float(np.quantile(ordered, share)), error=error)
 
 
 def mean(samples: Doubles) -> Estimate:
@@ -142,6 +192,13 @@ def sample_deviation(samples: Iterable[float]) -> float | None:
     """Return the sample standard deviation, √(Σ(x−mean)²/(n−1)), None for fewer than two samples. llama-bench's ±."""
     values = np.asarray(list(samples), dtype=np.float64)
     return float(values.std(ddof=1)) if len(values) > 1 else None
+
+
+def _require_pairs(one: Doubles, other: Doubles) -> None:
+    if one.shape != other.shape:
+        raise ValueError(
+            f"{one.shape} scores of the model and {other.shape} of the reference are not of the same tokens"
+        )
 
 
 def _finite(rows: Logits, start: int, who: str) -> Logits:

@@ -9,7 +9,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from r1q.core.errors import InputError
-from r1q.core.metrics import Fidelity, Logits, TokenScores, log_softmax, mean, merge, sample_deviation, score, summarize
+from r1q.core.metrics import (
+    Estimate,
+    Fidelity,
+    Logits,
+    TokenScores,
+    log_softmax,
+    mean,
+    merge,
+    quantile,
+    sample_deviation,
+    score,
+    summarize,
+)
 
 # Logits that are logarithms of probabilities with small denominators, so that everything can be worked on paper.
 REFERENCE = np.log(np.array([[8, 4, 2, 2], [1, 1, 1, 1]], dtype=np.float64) / [[16], [4]]).astype(np.float32)
@@ -54,6 +66,58 @@ def test_hand_worked_summary() -> None:
     assert summary.kld_max == pytest.approx(math.log(2) / 4, abs=ROUNDED)
     assert summary.top1 is not None
     assert (summary.top1.value, summary.top1.error) == (0.5, 0.5)
+
+
+def test_hand_worked_perplexity_ratio_and_change_of_probability() -> None:
+    # p = (1/2, 1/4, 1/8) and p_ref = (1/4, 1/4, 1/4): ln ratios −ln 2, 0, ln 2 have mean 0 and deviation ln 2: error ln 2/√3.
+    nll, base = np.log([2.0, 4.0, 8.0]), np.log([4.0, 4.0, 4.0])
+    summary = summarize(TokenScores(nll=nll), base)
+    assert summary.perplexity_ratio is not None
+    assert summary.perplexity_ratio.value == pytest.approx(1)
+    assert summary.perplexity_ratio.error == pytest.approx(math.log(2) / math.sqrt(3))
+    # Δp = 1/4, 0, −1/8: squares 16/256, 0, 4/256, mean 20/768; their deviation is √(((16−20/3)² + (20/3)² + (4−20/3)²)/2)/256.
+    assert summary.rms_delta is not None
+    rms = math.sqrt(20 / 768)
+    assert summary.rms_delta.value == pytest.approx(rms)
+    deviation = math.sqrt(((28 / 3) ** 2 + (20 / 3) ** 2 + (8 / 3) ** 2) / 2) / 256
+    assert summary.rms_delta.error == pytest.approx(deviation / math.sqrt(3) / (2 * rms))
+
+
+def test_the_same_probabilities_have_ratio_one_and_no_change() -> None:
+    nll = np.linspace(0.1, 5, 50)
+    summary = summarize(TokenScores(nll=nll), nll.copy())
+    assert summary.perplexity_ratio == Estimate(value=1.0, error=0.0)
+    assert summary.rms_delta == Estimate(value=0.0, error=0.0)
+
+
+def test_the_ratio_is_known_better_than_either_perplexity_where_both_find_the_same_tokens_hard() -> None:
+    rng = np.random.default_rng(5)
+    base = rng.exponential(3, 400)
+    summary = summarize(TokenScores(nll=base + rng.normal(0.01, 0.02, 400)), base)
+    assert summary.perplexity_ratio is not None
+    assert summary.perplexity_ratio.error is not None
+    assert summary.perplexity.error is not None
+    assert summary.perplexity_ratio.error / summary.perplexity_ratio.value < 0.02
+    assert summary.perplexity.error / summary.perplexity.value > 0.1
+
+
+def test_quantiles_by_hand() -> None:
+    # 101 samples 0…100: place of the 90th percentile is 90; one deviation is √(101·0.09) = 3.015, so the 87th and the 93rd.
+    samples = np.random.default_rng(3).permutation(np.arange(101.0))
+    assert quantile(samples, 0.9) == Estimate(value=90.0, error=3.0)
+    # Of 100 squares, place 98.01: 98² + 0.01·(99² − 98²); 1.0 deviation reaches the last, 99, and 97.
+    assert quantile(np.arange(100.0) ** 2, 0.99) == Estimate(value=pytest.approx(9605.97), error=(99**2 - 97**2) / 2)
+    assert quantile(np.array([1.0, 2.0]), 0.99).error is None
+
+
+def test_the_error_of_a_quantile_is_the_spread_of_repeated_experiments() -> None:
+    rng = np.random.default_rng(4)
+    experiments = rng.exponential(1, (400, 2000))
+    found = [quantile(row, 0.9) for row in experiments]
+    spread = float(np.std([one.value for one in found]))
+    # Theory: √(q(1−q)/n)/density(q) = √(0.09/2000)/0.1.
+    assert spread == pytest.approx(math.sqrt(0.09 / 2000) / 0.1, rel=0.15)
+    assert float(np.mean([one.error for one in found if one.error is not None])) == pytest.approx(spread, rel=0.15)
 
 
 def test_agreement_has_the_binomial_error_of_llama_perplexity() -> None:
@@ -156,3 +220,7 @@ def test_what_does_not_belong_together_is_our_mistake() -> None:
         TokenScores(nll=np.zeros(1), kld=np.zeros(2), same_top=np.zeros(2, dtype=np.bool_))
     with pytest.raises(ValueError, match="no samples"):
         mean(np.zeros(0))
+    with pytest.raises(ValueError, match="no samples"):
+        quantile(np.zeros(0), 0.5)
+    with pytest.raises(ValueError, match="not of the same tokens"):
+        summarize(TokenScores(nll=np.zeros(2)), np.zeros(3))

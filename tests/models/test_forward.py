@@ -76,6 +76,26 @@ def test_first_drops_leading_positions_and_nothing_else(make_model: MakeModel) -
     np.testing.assert_allclose(np.stack(tail), np.stack(whole)[:, 60:], atol=TOLERANCE)
 
 
+def test_rounded_blocks_are_those_of_a_loop_that_rounds_every_number(make_model: MakeModel) -> None:
+    source = ModelSource.open(make_model("llama"))
+    tokens = np.arange(40, dtype=np.int64).reshape(1, 40)
+    hidden = forward.embed(source, tokens)
+    turn = forward.rotation(source.config, 40, "cpu")
+    for layer in range(source.config.num_layers):
+        weights = forward.load_block(source, layer)
+        exact = forward.run_block(weights, source.config, hidden[0], turn).numpy().view(np.uint32).astype(np.uint64)
+        # To nearest, ties to even, on the bits: what bfloat16 keeps are the upper sixteen.
+        upper = (exact + 0x7FFF + ((exact >> 16) & 1)) >> 16 << 16
+        hidden = torch.from_numpy(upper.astype(np.uint32).view(np.float32))[None]
+    head = torch.from_numpy(source.read_rows("lm_head.weight", 0, 320))
+    norm = torch.from_numpy(source.read_rows("model.norm.weight", 0, 1)).reshape(-1)
+    expected = forward.rms_norm(hidden[0], norm, source.config.rms_norm_eps) @ head.T
+    (found,) = logits(source, tokens, rounded=True)
+    np.testing.assert_allclose(found, expected.numpy(), atol=TOLERANCE)
+    (plain,) = logits(source, tokens)
+    assert np.abs(found - plain).max() > 10 * TOLERANCE
+
+
 def test_later_tokens_do_not_reach_earlier_logits(make_model: MakeModel) -> None:
     source = ModelSource.open(make_model("qwen3"))
     tokens = some_tokens(1)
