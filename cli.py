@@ -28,6 +28,10 @@ COMMANDS = {
         "r1q.commands.bench",
         "Measure ARTIFACTS: speed, memory, and what quantization cost against the float model.",
     ),
+    "compare": Lazy(
+        "r1q.commands.compare",
+        "Compare two files of `r1q bench --format json` or jsonl, row by row, each number with its 95 % interval.",
+    ),
     "doctor": Lazy(
         "r1q.commands.doctor",
         "Say what is installed and what this machine has: runtimes and how to get them, versions, CPU, memory, disk.",

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import r1q
+from r1q.benchmarks.ceiling import Fence
 from r1q.core import errors
 from r1q.core.errors import MissingError, R1qError, ResourceError
 
@@ -39,12 +40,19 @@ KINDS: Mapping[str, type[R1qError]] = {
 
 
 def run(
-    target: str, job: Mapping[str, Any], *, what: str, memory_limit: int | None = None, files: Sequence[int] = ()
+    target: str,
+    job: Mapping[str, Any],
+    *,
+    what: str,
+    memory_limit: int | None = None,
+    ceiling: int | None = None,
+    files: Sequence[int] = (),
 ) -> Messages:
     """Run `target` ("module:function") on `job` in a child process and yield its messages as they come.
 
     The function takes the job and yields JSON-able dicts. `what` names the measurement in an error. `memory_limit` is the
-    most address space in bytes that the child may use; `files` are open descriptors that it has under the same numbers.
+    most address space in bytes that the child may use; `files` are open descriptors that it has under the same numbers. `ceiling` is
+    the most memory in bytes that it may hold, as `ceiling.Fence` does it; how is the first message then, `{"ceiling": …}`.
 
     Raises the R1qError that the child raised, ResourceError when it ran out of memory or was killed, MissingError when it crashed.
     """
@@ -57,12 +65,21 @@ def run(
             env=_environment(),
             pass_fds=files,
         )
+        fence = None
         try:
+            if ceiling is not None:
+                fence = Fence(child.pid, ceiling)  # the child waits for its job, and has loaded nothing yet
+                yield {"ceiling": fence.how}
             yield from _listen(child, {"target": target, "job": dict(job), "memory_limit": memory_limit}, what)
             status = child.wait()
         finally:
             # An interrupt or a caller that stops listening ends here too.
             _end(child)
+            passed = fence is not None and fence.passed
+            if fence is not None:
+                fence.close()
+        if passed and ceiling is not None:
+            raise ResourceError(f"{what} went over its ceiling of {ceiling / 2**20:.0f} MiB of memory and was ended")
         if status:
             raise _obituary(status, _tail(stderr), what)
 

@@ -1,37 +1,44 @@
-"""Speed, in the child: load, time to first token, prefill and decode, after the manner of llama-bench.
+"""Speed, in the child: load, time to first token, prefill and decode at several depths, after the manner of llama-bench.
 
-Random tokens; an empty memory before each timing; one warm-up apart; the three timings take turns, so that a machine that slows
-down slows all of them. Tokenizing and sampling are not timed: decode feeds tokens that were drawn before.
+Random tokens; one warm-up apart; all timings take turns, so that a machine that slows down slows all of them. Tokenizing and sampling
+are not timed: decode feeds tokens that were drawn before, and every token has its own time. The first load is from the disk where the
+system can be asked to forget the file, the last from memory.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from r1q.benchmarks.cold import forget
+from r1q.benchmarks.energy import Counters, find_counters
 from r1q.benchmarks.machine import resident, versions
 from r1q.core.errors import InputError
-from r1q.runtimes.base import Floats, Options, Session
+from r1q.runtimes.base import Floats, Options, Runtime, Session
 from r1q.runtimes.table import load_runtime
 
-TIMINGS = ("first_token", "prefill", "decode")
+Tokens = list[int]
 
 
 def speed(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Measure one artifact; the job: path, runtime, options, prompt, prefill, generate (tokens each), repetitions, seed.
+    """Measure one artifact; the job: path, files, runtime, options, prompt, prefill, generate, depths (tokens), repetitions, seed.
 
-    Yields `opened` once, then a message for the warm-up and for each repetition with its seconds and the peak of memory so far.
+    Yields `opened` once; a message for the warm-up and for each repetition with its seconds, every token's seconds in decoding, joules
+    where they are counted, and the peak of memory so far; last the seconds of a `warm_load`.
     """
     runtime = load_runtime(job["runtime"])
     base, _ = resident()
-    with runtime.open(Path(job["path"]), Options(**job["options"])) as session:
+    cold = forget(map(Path, job.get("files", ())))
+    with _open(runtime, job) as session:
         yield {
             "opened": {
                 "load_seconds": session.load_seconds,
+                "cold": cold,
                 "base_memory": base,
                 "device": session.device,
                 "threads": session.threads,
@@ -39,43 +46,90 @@ def speed(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 "versions": versions(runtime.versions()),
             }
         }
-        timings = _timings(session, job)
+        bench = _Bench(session, find_counters(), _texts(session, job), job["generate"])
         for repetition in range(job["repetitions"] + 1):
-            seconds = {name: timing() for name, timing in timings.items()}
-            yield {"repetition": repetition, "seconds": seconds, "peak_memory": resident()[1]}
+            yield {"repetition": repetition, **bench.round(job["depths"]), "peak_memory": resident()[1]}
+    with _open(runtime, job) as again:
+        yield {"warm_load": again.load_seconds}
 
 
-def _timings(session: Session, job: Mapping[str, Any]) -> dict[str, Callable[[], float]]:
+def _open(runtime: Runtime, job: Mapping[str, Any]) -> Session:
+    return runtime.open(Path(job["path"]), Options(**job["options"]))
+
+
+def _texts(session: Session, job: Mapping[str, Any]) -> dict[str, Tokens]:
     rng = np.random.default_rng(job["seed"])
 
-    def text(length: int) -> list[int]:
-        tokens: list[int] = rng.integers(0, session.vocab, length).tolist()
-        return tokens if session.bos is None else [session.bos, *tokens[1:]]
+    def text(length: int) -> Tokens:
+        tokens: Tokens = rng.integers(0, session.vocab, length).tolist()
+        return tokens if session.bos is None or not tokens else [session.bos, *tokens[1:]]
 
-    prompt, prefill, generate = text(job["prompt"]), text(job["prefill"]), text(job["generate"])
-
-    def decode() -> Floats:
-        for token in generate:
-            rows = session.step([(0, token)])
-        return rows
-
-    actions: dict[str, Callable[[], Floats]] = {
-        # The first token is known when the largest logit is.
-        "first_token": lambda: session.prefill(0, prompt),
-        "prefill": lambda: session.prefill(0, prefill),
-        "decode": decode,
+    long = text(max(job["prefill"], *job["depths"], 1))
+    return {
+        "prompt": text(job["prompt"]),
+        "prefill": long[: job["prefill"]],
+        "long": long,
+        "decode": text(job["generate"]),
     }
-    return {name: lambda action=action, name=name: _time(session, name, action) for name, action in actions.items()}  # type: ignore[misc]
 
 
-def _time(session: Session, name: str, action: Callable[[], Floats]) -> float:
-    session.drop(0)
-    started = time.perf_counter()
-    row = action()
-    best = int(row.argmax())
-    seconds = time.perf_counter() - started
+@dataclass(slots=True)
+class _Bench:
+    """A session, what is fed to it, and how many of `texts["long"]` its memory holds from the beginning; −1: something else."""
+
+    session: Session
+    counters: Counters
+    texts: Mapping[str, Tokens]
+    generate: int
+    held: int = field(default=-1)
+
+    def round(self, depths: Sequence[int]) -> dict[str, Any]:
+        """Take every timing once."""
+        seconds = {"first_token": self._prefill("prompt"), "prefill": self._prefill("prefill")}
+        self.held = len(self.texts["prefill"])
+        latencies: dict[str, list[float]] = {}
+        joules: dict[str, float] = {}
+        # The depth that is in memory already comes first: it needs no tokens of its own.
+        for depth in sorted(depths, key=lambda depth: (depth < self.held, depth)):
+            self._fill(depth)
+            before = self.counters.read()
+            started, stamps, row = time.perf_counter(), [], None
+            for token in self.texts["decode"]:
+                row = self.session.step([(0, token)])
+                stamps.append(time.perf_counter())
+            best = int(row.argmax()) if row is not None else 0
+            seconds[f"decode@{depth}"] = time.perf_counter() - started
+            if self.counters.folders:
+                joules[f"decode@{depth}"] = self.counters.joules(before, self.counters.read())
+            if row is not None:
+                _require_finite(row, "decode", best)
+            latencies[f"decode@{depth}"] = np.diff([started, *stamps]).round(7).tolist()
+            self.held = -1
+        return {"seconds": seconds, "latencies": latencies, "joules": joules}
+
+    def _prefill(self, name: str) -> float:
+        self.session.drop(0)
+        self.held = -1
+        started = time.perf_counter()
+        row = self.session.prefill(0, self.texts[name])
+        best = int(row.argmax())  # the first token is known when the largest logit is
+        seconds = time.perf_counter() - started
+        _require_finite(row, name, best)
+        return seconds
+
+    def _fill(self, depth: int) -> None:
+        """Bring the memory to the first `depth` tokens of the long text; not timed."""
+        if self.held < 0 or self.held > depth:
+            self.session.drop(0)
+            self.held = 0
+        if self.held < depth:
+            self.session.prefill(0, self.texts["long"][self.held : depth])
+            self.held = depth
+
+
+def _require_finite(row: Floats, name: str, best: int) -> None:
     if not np.isfinite(row).all():
+        what = "first_token" if name == "prompt" else name
         raise InputError(
-            f"{name} ends in a logit that is not a number (token {best}): the artifact's weights or scales are damaged"
+            f"{what} ends in a logit that is not a number (token {best}): the artifact's weights or scales are damaged"
         )
-    return seconds

@@ -21,6 +21,7 @@ from r1q.runtimes.base import Options, Session
 from r1q.runtimes.table import load_runtime
 
 LENGTH = 512
+CHEAP = 10**9  # weights: the noise floor of a smaller model takes seconds, that of a larger one minutes
 SPARE = 256 << 20  # bytes of the disk that stay free beside the reference's logits
 
 
@@ -71,10 +72,11 @@ def affordable(windows: int, window_bytes: int, *, limit: int, free: int) -> tup
 
 
 def reference(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Run the float checkpoint over the windows; the job: checkpoint, text, windows, logits, limit (bytes of logits on disk).
+    """Run the float checkpoint over the windows; the job: checkpoint, text, windows, logits, limit (bytes on disk), noise_floor.
 
     `logits` is the descriptor of an open file, into which go float32 [windows, scored, vocab]. Yields `reference`, the windows'
-    facts and tokens; then each window's nll.
+    facts and tokens; then each window's nll; then, for the noise floor, each window's scores of the same model rounded to bfloat16
+    after every block. `noise_floor` None means that it is made where the model has fewer than 10⁹ weights: it costs as much again.
     """
     from r1q.models.source import ModelSource
     from r1q.models.tokenizer import Tokenizer
@@ -90,6 +92,8 @@ def reference(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     kept, bound = affordable(found, 4 * (length - 1 - first) * vocab, limit=job["limit"], free=free)
     tokens = tokens[:kept]
     facts = {"length": length, "first": first, "windows": kept, "vocab": vocab, "tokens": tokens.tolist()}
+    wanted = job.get("noise_floor")
+    facts["noise_floor"] = sum(spec.size for spec in source.tensors) < CHEAP if wanted is None else wanted
     yield {"reference": {**facts, "notes": _notes(job, found, kept, bound)}}
     from r1q.models.forward import logits  # loads torch: not before it is known that there is something to do
 
@@ -98,6 +102,10 @@ def reference(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for window, rows in enumerate(logits(source, tokens[:, :-1], first=first)):
             _write(file, rows)
             yield {"window": window, **_scores(score(rows, tokens[window, first + 1 :]))}
+    if facts["noise_floor"]:
+        table = _read(job["logits"], facts)
+        for window, rows in enumerate(logits(source, tokens[:, :-1], first=first, rounded=True)):
+            yield {"floor": window, **_scores(score(rows, tokens[window, first + 1 :], table[window]))}
 
 
 def scores(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

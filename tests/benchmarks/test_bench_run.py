@@ -19,7 +19,7 @@ from r1q.core.errors import InputError, UsageError
 from r1q.runtimes.table import RUNTIMES
 
 pytestmark = pytest.mark.runtime
-FAST = {"threads": 1, "prompt": 8, "prefill": 16, "generate": 4, "repetitions": 2, "windows": 2}
+FAST = {"threads": 1, "prompt": 8, "prefill": 16, "generate": 4, "depths": (0, 16), "repetitions": 2, "windows": 2}
 
 
 def run(artifacts: list[Path], **options: object) -> tuple[list[BenchResult], list[Event]]:
@@ -44,6 +44,14 @@ def test_a_file_without_a_reference_has_speed_and_perplexity(tiny_gguf: Path) ->
     assert [len(result.speed.prefill.seconds), len(result.speed.prefill.warm_up)] == [2, 1]
     assert (result.speed.first_token.tokens, result.speed.prefill.tokens, result.speed.decode.tokens) == (8, 16, 4)
     assert result.speed.peak_memory > result.speed.base_memory
+    assert [(one.depth, len(one.seconds)) for one in result.speed.decodes] == [(0, 2), (16, 2)]
+    assert [len(tokens) for one in result.speed.decodes for tokens in one.latencies] == [4] * 4
+    assert result.speed.warm_load_seconds is not None
+    assert result.traffic is not None
+    rate = result.speed.decode.rate
+    assert rate is not None
+    # After half of the four tokens two are in memory; 20 GB/s were measured.
+    assert result.bandwidth_use() == pytest.approx((result.traffic.weight_bytes + 2 * 128 * 2) * rate.value / 20e9)
     assert result.quality is not None
     assert (result.quality.windows, result.quality.length, len(result.quality.nll)) == (2, 128, 126)
     assert result.quality.kld is None
@@ -62,8 +70,10 @@ def test_no_machine_path_but_the_users_own_is_in_the_json(tiny_gguf: Path) -> No
 
 
 def test_less_than_asked_for_is_noted(tiny_gguf: Path) -> None:
-    (result,), _ = run([tiny_gguf], prefill=512, generate=129)
+    (result,), _ = run([tiny_gguf], prefill=512, generate=129, depths=(0, 64))
     assert result.speed is not None
+    assert result.speed.deeper == ()
+    assert "no decoding at depth 64: with 128 tokens more it is beyond the model's context of 128" in result.notes
     assert (result.speed.prefill.tokens, result.speed.decode.tokens) == (128, 128)
     assert {note for note in result.notes if "whole context" in note} == {
         "prefill is 128 tokens, the model's whole context",
@@ -75,7 +85,7 @@ def test_less_than_asked_for_is_noted(tiny_gguf: Path) -> None:
 def test_a_busy_machine_is_said(
     tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, others: float, said: list[str]
 ) -> None:
-    monkeypatch.setattr("r1q.benchmarks.run.busy", lambda: others)
+    monkeypatch.setattr("r1q.benchmarks.speed.busy", lambda: others)
     (result,), _ = run([tiny_gguf])
     assert [note.split(":")[0] for note in result.notes if "busy" in note] == said
 
@@ -122,7 +132,9 @@ def test_float32_file_diverges_from_our_own_forward_by_rounding(
     options = {"cache": "f32", "flash_attention": False, "threads": 1, "context": 256}
     with tempfile.TemporaryFile() as logits:
         base = {"text": str(TEXT), "windows": 3, "logits": logits.fileno()}
-        opened, *windows = quality.reference({**base, "checkpoint": str(checkpoint), "limit": 1 << 30})
+        opened, *windows = quality.reference(
+            {**base, "checkpoint": str(checkpoint), "limit": 1 << 30, "noise_floor": False}
+        )
         assert opened["reference"]["notes"] == []
         given = {**base, "reference": opened["reference"], "options": options}
         facts, *scores = quality.scores({**given, "path": str(path), "runtime": "llama-cpp"})
@@ -136,7 +148,7 @@ def test_a_disk_limit_leaves_fewer_windows_and_says_so(make_model: Callable[...,
     window = 4 * 127 * 320
     with tempfile.TemporaryFile() as logits:
         job = {"checkpoint": str(make_model("llama")), "text": str(TEXT), "windows": 2, "logits": logits.fileno()}
-        opened, *windows = quality.reference({**job, "limit": window + 1})
+        opened, *windows = quality.reference({**job, "limit": window + 1, "noise_floor": False})
         assert os.fstat(logits.fileno()).st_size == window
     assert len(windows) == 1
     assert opened["reference"]["notes"] == [
@@ -159,6 +171,10 @@ def test_a_reference_that_fails_leaves_speed_and_perplexity(make_model: Callable
         ({"runtime": "llama"}, "no runtime named 'llama'; did you mean llama-cpp"),
         ({"repetitions": 0}, "repetitions is 0"),
         ({"threads": 0}, "threads is 0"),
+        ({"depths": (-1,)}, "none below 0"),
+        ({"estimates": ("phone-9g",)}, "no profile named 'phone-9g'; did you mean"),
+        ({"ram": 1 << 30}, "--ram is a ceiling for an emulated target such as mobile, and cpu is this machine"),
+        ({"target": "rtx-4090"}, "can be estimated .* but not emulated"),
     ],
 )
 def test_wishes_that_cannot_be_are_refused_first(tiny_gguf: Path, options: dict[str, object], reason: str) -> None:
@@ -197,6 +213,7 @@ class Session(EchoSession):
 
 class Dying(Echo):
     name = "dying"
+    formats = ("gguf",)
     def open(self, path, options):
         return Session(264, options.context, options.sequences, load_seconds=0.1)
 """
@@ -223,7 +240,7 @@ def test_a_runtime_that_dies_keeps_what_was_measured_and_the_others_go_on(
     tiny_gguf: Path, tmp_path: Path, write_gguf: Callable[..., Path]
 ) -> None:
     other = write_gguf(tmp_path / "Other-F32.gguf", seed=2)
-    results, _ = run([tiny_gguf, other], runtime="dying", repetitions=3)
+    results, _ = run([tiny_gguf, other], runtime="dying", repetitions=3, depths=(0,))
     assert [result.name for result in results] == ["Tiny-F32", "Other-F32"]
     for result in results:
         assert result.speed is not None

@@ -6,9 +6,13 @@ import math
 
 import pytest
 
+from r1q.benchmarks.bandwidth import Bandwidth
 from r1q.benchmarks.machine import Machine
-from r1q.benchmarks.result import BenchResult, Failure, Quality, Samples, Speed
+from r1q.benchmarks.profiles import Prediction
+from r1q.benchmarks.result import BenchResult, Failure, Floor, Quality, Samples, Speed
+from r1q.benchmarks.traffic import Traffic
 from r1q.core.errors import InputError
+from r1q.core.metrics import Estimate
 
 MACHINE = Machine(cpu="Imaginary 9000", cores=4, logical=8, memory=16 << 30, system="Linux 6", features=("avx2",))
 SPEED = Speed(
@@ -55,6 +59,32 @@ RESULT = BenchResult(
 )
 
 
+FULL = dataclasses.replace(
+    RESULT,
+    speed=dataclasses.replace(
+        SPEED,
+        warm_load_seconds=0.1,
+        cold="",
+        deeper=(Samples(tokens=4, seconds=(1.0,), depth=512, latencies=((0.1, 0.2),), joules=(1.0,)),),
+        gpu_memory=5,
+    ),
+    quality=dataclasses.replace(
+        QUALITY,
+        floor=Floor(
+            kld=Estimate(value=1e-5, error=None),
+            kld_median=1e-6,
+            kld_p99=1e-4,
+            top1=Estimate(value=1.0, error=0.0),
+            perplexity_ratio=Estimate(value=1.0, error=0.1),
+        ),
+    ),
+    traffic=Traffic(weight_bytes=1, touched_weights=2, cache_values=3, width=4, inner=5, vocab=6),
+    bandwidth=Bandwidth(read=1e9, triad=2e9, threads=2),
+    predictions=(Prediction(profile="phone-4g", tokens_per_second=3.0, depth=0, needed=5, usable=6),),
+    emulated="emulated on X",
+)
+
+
 def test_rate_is_the_mean_of_rates_as_llama_bench_has_it() -> None:
     # 512 and 256 tokens/s: mean 384, deviation 128·√2; the mean time would give 341.
     rate = SPEED.prefill.rate
@@ -90,18 +120,59 @@ def test_summary_holds_the_numbers_of_the_table() -> None:
     [
         RESULT,
         dataclasses.replace(RESULT, speed=None, quality=None),
+        FULL,
         dataclasses.replace(
             RESULT,
             quality=dataclasses.replace(QUALITY, kld=None, same_top=None, reference=None, reference_nll=None),
         ),
     ],
-    ids=["whole", "nothing measured", "no reference"],
+    ids=["whole", "nothing measured", "everything", "no reference"],
 )
 def test_json_is_one_line_and_comes_back_equal(result: BenchResult) -> None:
     line = result.to_json()
     assert "\n" not in line
     assert BenchResult.from_json(line) == result
     assert json.loads(line)["summary"] == json.loads(json.dumps(result.summary()))
+
+
+def test_a_line_of_schema_1_is_still_read() -> None:
+    data = json.loads(RESULT.to_json())
+    old = {key: value for key, value in data.items() if key not in ("traffic", "bandwidth", "predictions", "context")}
+    old["schema"] = 1
+    for key in ("warm_load_seconds", "cold", "deeper", "gpu_memory"):
+        del old["speed"][key]
+    for timing in ("first_token", "prefill", "decode"):
+        old["speed"][timing] = {key: old["speed"][timing][key] for key in ("tokens", "seconds", "warm_up")}
+    del old["quality"]["floor"]
+    assert BenchResult.from_json(json.dumps(old)) == RESULT
+
+
+def test_latencies_energy_and_noise_by_hand() -> None:
+    # 101 tokens of 0…100 ms in two repetitions: the quantiles are the numbers themselves.
+    times = tuple(index / 1000 for index in range(101))
+    samples = Samples(tokens=2, seconds=(1.0, 1.25), latencies=(times[:50], times[50:]), joules=(3.0, 5.0))
+    assert samples.latency(0.5) == pytest.approx(0.05)
+    assert samples.latency(0.99) == pytest.approx(0.099)
+    energy = samples.joules_per_token
+    assert energy is not None
+    assert energy.value == 2
+    # Rates 2 and 1.6: mean 1.8, deviation 0.4/√2, which is 15.7 %.
+    assert samples.variation == pytest.approx(0.4 / math.sqrt(2) / 1.8)
+    assert samples.noisy
+    assert not Samples(tokens=2, seconds=(1.0, 1.04)).noisy
+    assert Samples(tokens=2, seconds=(1.0,)).latency(0.5) is None
+
+
+def test_bandwidth_use_by_hand() -> None:
+    traffic = Traffic(weight_bytes=900, touched_weights=100, cache_values=10, width=1, inner=1, vocab=1)
+    decode = Samples(tokens=20, seconds=(2.0, 2.0), depth=40)
+    bandwidth = Bandwidth(read=10_000.0, triad=40_000.0, threads=2)
+    result = dataclasses.replace(RESULT, traffic=traffic, bandwidth=bandwidth)
+    # 900 bytes of weights and 50 tokens of 10 values of two bytes, ten times a second, of 40 kB/s.
+    assert result.bandwidth_use(decode) == pytest.approx(1900 * 10 / 40_000)
+    floats = dataclasses.replace(result, compute_bytes=4)
+    assert floats.bandwidth_use(decode) == pytest.approx(1400 * 10 / 40_000)
+    assert RESULT.bandwidth_use() is None
 
 
 @pytest.mark.parametrize(
