@@ -42,6 +42,12 @@ def _refuse_for_gguf(tensors: Iterable[PlannedTensor]) -> None:
                 f"{tensor.spec.name}: GGUF has no form for {tensor.scheme}; it holds --bits 4 or 8 with --group-size 32, "
                 f"or a preset such as --scheme q4_k_m{_elsewhere(tensor.scheme)}"
             )
+    of_experts: dict[str, Scheme] = {}
+    for tensor in tensors:
+        name = tensor.spec.gguf_name
+        if tensor.spec.expert is not None and of_experts.setdefault(name, tensor.scheme) != tensor.scheme:
+            one, other = of_experts[name], tensor.scheme
+            raise UsageError(f"{name}: a GGUF file has one grid for all experts of a block, not {one} and {other}")
 
 
 def _elsewhere(scheme: Scheme) -> str:

@@ -1,7 +1,7 @@
 """What a GGUF's metadata must satisfy beyond its syntax: element types, lengths, head counts, blocks, vocabulary, splits.
 
 llama.cpp casts some arrays without looking at their element type and trusts several counts; files that would mislead it are
-refused here. Architectures that this program writes are held to more (`DENSE`), since their tensors are known.
+refused here. Architectures that this program writes are held to more (`WRITTEN`), since their tensors are known.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from r1q.core.errors import InputError
 if TYPE_CHECKING:
     from r1q.core.gguf_file import GgufTensor, Value
 
-DENSE = ("llama", "qwen2", "qwen3")
+WRITTEN = ("llama", "qwen2", "qwen3", "qwen3moe", "deepseek2")
 MAX_BLOCKS = 10_000
 MAX_HEADS = 1 << 16
 MAX_WIDTH = 1 << 20
@@ -110,7 +110,7 @@ def _check_split(path: Path, metadata: Mapping[str, Value]) -> bool:
 
 
 def _check_shape_numbers(path: Path, arch: str, metadata: Mapping[str, Value], types: Mapping[str, str]) -> None:
-    lowest = 1 if arch in DENSE else 0
+    lowest = 1 if arch in WRITTEN else 0
     caps = {"block_count": MAX_BLOCKS, "embedding_length": MAX_WIDTH, "context_length": 1 << 31}
     for name, cap in caps.items():
         key = f"{arch}.{name}"
@@ -123,7 +123,7 @@ def _check_shape_numbers(path: Path, arch: str, metadata: Mapping[str, Value], t
         key = f"{arch}.{name}"
         if key in metadata:
             _check_heads(path, key, metadata[key], types[key], lowest)
-    if arch in DENSE:
+    if arch in WRITTEN:
         heads, kv = metadata.get(f"{arch}.attention.head_count"), metadata.get(f"{arch}.attention.head_count_kv")
         if isinstance(heads, int) and isinstance(kv, int) and heads % kv:
             _refuse(path, f"{arch}.attention.head_count {heads} is not a multiple of head_count_kv {kv}")
@@ -144,7 +144,7 @@ def _check_blocks(path: Path, arch: str, metadata: Mapping[str, Value], tensors:
         return
     if not isinstance(claimed, int):
         _refuse(path, f"it has tensors of blocks but no {arch}.block_count")
-    if max(found) >= claimed or (arch in DENSE and len(found) != claimed):
+    if max(found) >= claimed or (arch in WRITTEN and len(found) != claimed):
         _refuse(
             path, f"{arch}.block_count is {claimed}, but the tensors have {len(found)} blocks, the last {max(found)}"
         )

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from r1q.core.errors import InputError, UsageError, unknown_name
 from r1q.core.files import is_bare_name
-from r1q.core.mixtures import MIXTURES, ModelShape, fallback_grid, mixture_grid
+from r1q.core.mixtures import EXPERT_MIXTURES, MIXTURES, ROUTERS, ModelShape, fallback_grid, mixture_grid
 from r1q.core.scheme import FLOAT_GRIDS, GGML_GRIDS, GRIDS, INT_GRIDS, WHOLE_ROW, Scheme
 from r1q.core.tensors import TensorSpec
 
 # `--bits N` for a GGUF file alone: the preset of that size which llama.cpp's users take.
 BITS_PRESETS: Mapping[int, str] = {2: "q2_k", 3: "q3_k_m", 4: "q4_k_m", 5: "q5_k_m", 6: "q6_k", 8: "q8_0"}
-PRESETS = (*MIXTURES, *FLOAT_GRIDS)
+PRESETS = (*MIXTURES, *EXPERT_MIXTURES, *FLOAT_GRIDS)
 _MAX_RECIPE_BYTES = 1 << 20
 _LONGEST_NAME = 100  # characters: it becomes a part of file names
 _INTEGER_KEYS = ("group_size", "symmetric")
@@ -38,7 +38,7 @@ class Rule:
 class Recipe:
     """What each matrix becomes: the first matching rule, else `base`, a preset's mixture or one scheme for all.
 
-    `name` labels folders and files. Vectors and norms stay float32 always.
+    `name` labels folders and files. Vectors, norms and the routers of experts stay float32 always.
     """
 
     name: str
@@ -171,7 +171,7 @@ def resolve(recipe: Recipe, tensors: Iterable[TensorSpec], shape: ModelShape) ->
 
 
 def _resolve_one(recipe: Recipe, spec: TensorSpec, shape: ModelShape) -> PlannedTensor:
-    if not spec.is_matrix:
+    if not spec.is_matrix or spec.kind in ROUTERS:
         return PlannedTensor(spec=spec, scheme=Scheme(grid="f32"), wanted="f32")
     wanted = _wanted(recipe, spec, shape)
     if wanted.facts.family == "ggml":

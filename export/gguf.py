@@ -1,14 +1,16 @@
 """A QuantizedCheckpoint as one GGUF file: codes are copied, never made again; one slab of rows is in memory at a time.
 
 Tensors stand in the checkpoint's order (embedding, blocks, norm, head), under llama.cpp's names. Matrices keep the grid they
-have; vectors are float32. Llama's q and k change their row order (`export/rope.py`), which moves packed rows whole.
+have; vectors are float32. Llama's q and k change their row order (`export/rope.py`), which moves packed rows whole; experts of a
+block become one tensor (`export/gguf_moe.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,10 +18,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from r1q import __version__
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import InputError, UsageError
 from r1q.core.files import TEMP_PREFIX, atomic_write
 from r1q.core.gguf_types import DEFAULT_ALIGNMENT, SCALARS, TENSOR_TYPE_NUMBERS
+from r1q.core.recipe import PlannedTensor
 from r1q.core.scheme import Scheme
 from r1q.core.tensors import TensorSpec
 from r1q.export.gguf_metadata import (
@@ -33,6 +37,7 @@ from r1q.export.gguf_metadata import (
     provenance_entries,
     read_generation,
 )
+from r1q.export.gguf_moe import Stack, refuse_otherwise, stacked
 from r1q.export.gguf_tokenizer import tokenizer_entries
 from r1q.export.pretokenizer import name_pretokenizer, prove_tokenizer
 from r1q.export.rope import frequency_factors, interleave_heads, is_permuted
@@ -51,7 +56,7 @@ class GgufLayout:
     architecture: str
     file_name: str
     entries: tuple[Entry, ...]
-    tensors: tuple[tuple[TensorSpec, Scheme], ...]
+    tensors: tuple[Stack, ...]
     factors: NDArray[np.float32] | None
     head_dim: int
 
@@ -73,24 +78,46 @@ def write_gguf(checkpoint: QuantizedCheckpoint, folder: Path) -> Path:
 
 def plan_gguf(checkpoint: QuantizedCheckpoint) -> GgufLayout:
     """Return what `write_gguf` will write, without reading weights; raises what it raises."""
-    sidecar, recipe = checkpoint.sidecar, checkpoint.recipe_name
-    config = ModelConfig.read(sidecar, name=checkpoint.model_name)
-    tensors = tuple((spec, checkpoint.scheme(spec.name)) for spec in checkpoint.tensors)
-    _check_tensors(checkpoint.path, tensors, config)
+    tensors = [(spec, checkpoint.scheme(spec.name)) for spec in checkpoint.tensors]
+    return _layout(checkpoint.sidecar, checkpoint.model_name, checkpoint.recipe_name, tensors, checkpoint.manifest)
+
+
+def file_bytes(folder: Path, planned: Sequence[PlannedTensor], model: str, recipe: str) -> int:
+    """Return how many bytes the GGUF file of the model in `folder` will have, to the byte but for the length of r1q's version."""
+    tensors = [(tensor.spec, tensor.scheme) for tensor in planned]
+    layout = _layout(folder, model, recipe, tensors, {"versions": {"r1q": __version__}})
+    with tempfile.TemporaryFile() as file:
+        _write_header(file, layout)
+        header = file.tell()
+    sizes = [int(np.prod(s[:-1], dtype=np.int64)) * scheme.row_bytes(s[-1]) for _, s, scheme in _described(layout)]
+    return header + sum(-(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT for size in sizes)
+
+
+def _layout(
+    sidecar: Path,
+    model: str,
+    recipe: str,
+    schemes: Sequence[tuple[TensorSpec, Scheme]],
+    manifest: Mapping[str, object],
+) -> GgufLayout:
+    config = ModelConfig.read(sidecar, name=model)
+    tensors = tuple(schemes)
+    _check_tensors(sidecar, tensors, config)
+    refuse_otherwise(config, model)
     tokenizer = Tokenizer.open(sidecar)
-    names = name_model(checkpoint.model_name, sum(spec.size for spec, _ in tensors), sidecar)
+    names = name_model(model, sum(spec.size for spec, _ in tensors), sidecar)
     entries = (
         *general_entries(names, read_generation(sidecar), is_r1_template(tokenizer.chat_template)),
         *architecture_entries(config),
         *file_entries(recipe, tensors),
         *tokenizer_entries(sidecar, config.vocab_size, name_pretokenizer(sidecar, tokenizer), tokenizer),
-        *provenance_entries(checkpoint.manifest, recipe),
+        *provenance_entries(manifest, recipe),
     )
     return GgufLayout(
-        architecture=config.family,
+        architecture=config.architecture,
         file_name=file_name(names, re.sub(r"\W+", "_", recipe or "mixed").upper()),
         entries=entries,
-        tensors=tensors,
+        tensors=stacked(tensors, config),
         factors=frequency_factors(config),
         head_dim=config.head_dim,
     )
@@ -102,10 +129,16 @@ def prove_source(folder: Path) -> str:
     Hours of work need not end at a tokenizer that llama.cpp reads differently.
     """
     config, tokenizer = ModelConfig.read(folder), Tokenizer.open(folder)
+    refuse_otherwise(config, str(folder))
     pre = name_pretokenizer(folder, tokenizer)
     entries = (*architecture_entries(config), *tokenizer_entries(folder, config.vocab_size, pre, tokenizer))
     layout = GgufLayout(
-        architecture=config.family, file_name="", entries=entries, tensors=(), factors=None, head_dim=config.head_dim
+        architecture=config.architecture,
+        file_name="",
+        entries=entries,
+        tensors=(),
+        factors=None,
+        head_dim=config.head_dim,
     )
     with tempfile.TemporaryDirectory(prefix=TEMP_PREFIX) as place:
         path = Path(place) / "vocabulary.gguf"
@@ -166,16 +199,17 @@ def _add(writer: Any, entry: Entry) -> None:
 def _described(layout: GgufLayout) -> Iterator[tuple[str, tuple[int, ...], Scheme]]:
     if layout.factors is not None:
         yield _FACTORS, layout.factors.shape, Scheme(grid="f32")
-    for spec, scheme in layout.tensors:
-        yield spec.gguf_name, spec.shape, _stored(spec, scheme)
+    for stack in layout.tensors:
+        yield stack.name, stack.shape, _stored(stack.specs[0], stack.scheme)
 
 
 def _data(checkpoint: QuantizedCheckpoint, layout: GgufLayout) -> Iterator[bytes]:
     """Yield the data section in order, each tensor padded to the alignment."""
     if layout.factors is not None:
         yield from _padded(iter([layout.factors.astype("<f4").tobytes()]))
-    for spec, scheme in layout.tensors:
-        yield from _padded(_rows(checkpoint, spec, scheme, layout))
+    for stack in layout.tensors:
+        rows = (_rows(checkpoint, spec, stack.scheme, layout) for spec in stack.specs)
+        yield from _padded(itertools.chain.from_iterable(rows))
 
 
 def _padded(chunks: Iterator[bytes]) -> Iterator[bytes]:

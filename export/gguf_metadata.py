@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from r1q.core.mixtures import FILE_TYPES
 from r1q.core.scheme import Scheme
 from r1q.core.tensors import TensorSpec
+from r1q.export.gguf_moe import moe_entries
 
 if TYPE_CHECKING:
     from r1q.models.config import ModelConfig
@@ -101,15 +102,18 @@ def general_entries(names: ModelNames, generation: Mapping[str, Any], is_r1: boo
 
 def architecture_entries(config: ModelConfig) -> Iterator[Entry]:
     """Yield the hyper-parameters under the family's name."""
-    arch = config.family
+    arch = config.architecture
     yield Entry(f"{arch}.block_count", config.num_layers, "u32")
     yield Entry(f"{arch}.context_length", config.max_position_embeddings, "u32")
     yield Entry(f"{arch}.embedding_length", config.hidden_size, "u32")
     yield Entry(f"{arch}.feed_forward_length", config.intermediate_size, "u32")
     yield Entry(f"{arch}.attention.head_count", config.num_heads, "u32")
-    yield Entry(f"{arch}.attention.head_count_kv", config.num_kv_heads, "u32")
+    yield Entry(f"{arch}.attention.head_count_kv", 1 if config.latent else config.num_kv_heads, "u32")
     yield Entry(f"{arch}.rope.freq_base", config.rope_theta, "f32")
     yield Entry(f"{arch}.attention.layer_norm_rms_epsilon", config.rms_norm_eps, "f32")
+    yield from (Entry(f"{arch}.{key}", value, kind) for key, value, kind in moe_entries(config))
+    if config.latent is not None:
+        return
     # llama.cpp takes hidden/heads where these are absent; written whenever the config states its own, as the converter does.
     if config.raw.get("head_dim") is not None or config.head_dim * config.num_heads != config.hidden_size:
         yield Entry(f"{arch}.attention.key_length", config.head_dim, "u32")

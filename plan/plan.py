@@ -81,6 +81,8 @@ def model_shape(config: ModelConfig, calibrated: bool) -> ModelShape:
         kv_heads=config.num_kv_heads,
         tied=config.tied,
         calibrated=calibrated,
+        experts=0 if config.experts is None else config.experts.count,
+        first_sparse=next((layer for layer in range(config.num_layers) if config.is_sparse(layer)), 0),
     )
 
 
