@@ -26,6 +26,13 @@ GRID = (
         ["--group-size"], type=int, metavar="N", help="Integers in groups of 32, 64, 128, or -1 for a whole row."
     ),
     click.Option(["--asymmetric"], is_flag=True, help="Integers with a zero point a group."),
+    click.Option(
+        ["--kv"],
+        type=click.Choice(["float", "int8"]),
+        default="float",
+        show_default=True,
+        help="Keys and values of an ONNX folder: int8 takes a quarter of the memory, and a pass over calibration text.",
+    ),
     click.Option(["--head-bits"], type=int, metavar="N", help="Bits of an integer head, 4 or 8 (default)."),
 )
 METHOD = (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from r1q.core.checkpoint import JOB, MANIFEST
@@ -25,7 +25,8 @@ ARTIFACTS, CHECKPOINT, WHERE = "artifacts.json", "checkpoint", "where.json"
 class Artifact:
     """A finished foreign file or folder: `name` beside artifacts.json, total `bytes`, and the sha256 of every file in it.
 
-    `manifest_sha256` is that of the checkpoint's manifest it was written from; `notes` are lines for the user.
+    `manifest_sha256` is that of the checkpoint's manifest it was written from; `notes` are lines for the user; `settings` are what was
+    asked of the format beyond the weights.
     """
 
     format: str
@@ -34,6 +35,7 @@ class Artifact:
     files: Mapping[str, str]
     manifest_sha256: str
     notes: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class OutputFolder:
             texts = [
                 text
                 for entry in found.values()
-                for text in (*entry.files.values(), *entry.notes, entry.manifest_sha256)
+                for text in (*entry.files.values(), *entry.notes, *entry.settings.values(), entry.manifest_sha256)
             ]
             sized = all(type(entry.bytes) is int and 0 <= entry.bytes < 1 << 63 for entry in found.values())
             if not sized or not all(isinstance(text, str) for text in texts):
@@ -101,15 +103,17 @@ class OutputFolder:
             set(files) == set(artifact.files) and sum(path.stat().st_size for path in files.values()) == artifact.bytes
         )
 
-    def current(self, format: str) -> Artifact | None:
-        """Return the artifact of `format` if it was written from the checkpoint as it is now."""
+    def current(self, format: str, settings: Mapping[str, str] | None = None) -> Artifact | None:
+        """Return the artifact of `format` if it was written from the checkpoint as it is now, with `settings` (None: with any)."""
         artifact = self.artifacts().get(format)
         manifest = self.checkpoint / MANIFEST
         if artifact is None or not manifest.is_file() or sha256_file(manifest) != artifact.manifest_sha256:
             return None
-        return artifact
+        return artifact if settings is None or dict(artifact.settings) == dict(settings) else None
 
-    def record(self, format: str, path: Path, notes: tuple[str, ...]) -> Artifact:
+    def record(
+        self, format: str, path: Path, notes: tuple[str, ...], settings: Mapping[str, str] | None = None
+    ) -> Artifact:
         """Hash a finished artifact and list it in artifacts.json."""
         files = artifact_files(path)
         artifact = Artifact(
@@ -119,6 +123,7 @@ class OutputFolder:
             files={name: sha256_file(file) for name, file in files.items()},
             manifest_sha256=sha256_file(self.checkpoint / MANIFEST),
             notes=notes,
+            settings=dict(settings or {}),
         )
         listed = {**self.artifacts(), format: artifact}
         write_json(self.path / ARTIFACTS, {name: asdict(value) for name, value in listed.items()})

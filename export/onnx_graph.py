@@ -1,7 +1,8 @@
 """The decoder as an ONNX graph for ONNX Runtime's kernels: opset 22 and `com.microsoft`, one node where a fused one exists.
 
 Inputs and outputs are named as onnxruntime-genai expects. Operators, as ONNX Runtime's `contrib_ops` defines them: MatMulNBits,
-GroupQueryAttention (rotary inside; keys and values in one shared buffer), SkipSimplifiedLayerNormalization, GatherBlockQuantized.
+GroupQueryAttention (rotary inside; keys and values in one shared buffer, float32 or int8), SkipSimplifiedLayerNormalization and
+GatherBlockQuantized.
 """
 
 from __future__ import annotations
@@ -115,7 +116,10 @@ def build_graph(
     used = {name for node in nodes.nodes for name in node.input}
     initializers = [_external(placed[name], location) for name in placed if name in used]
     graph = helper.make_graph(
-        nodes.nodes, config.name, *_values(config, shape), initializer=[*nodes.constants.values(), *initializers]
+        nodes.nodes,
+        config.name,
+        *_values(config, weights, shape),
+        initializer=[*nodes.constants.values(), *initializers],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(
@@ -173,10 +177,15 @@ def _attention(nodes: _Nodes, config: ModelConfig, layer: int, x: str, lengths: 
     outputs = [f"{name}/output_0", PRESENT.format(layer, "key"), PRESENT.format(layer, "value")]
     past = [PAST.format(layer, "key"), PAST.format(layer, "value")]
     inputs = [*_query_key_value(nodes, config, layer, x), *past, last, length, *nodes.weights.rotary]
+    quantized: dict[str, int | str] = {}
+    if nodes.weights.cache:
+        # Between rotary tables and scales stand position_ids, attention_bias and head_sink.
+        inputs += ["", "", "", *nodes.weights.cache[layer]]
+        quantized = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
     return nodes.add(
         "GroupQueryAttention", f"{name}/GroupQueryAttention", inputs, outputs, domain=MICROSOFT,
         num_heads=config.num_heads, kv_num_heads=config.num_kv_heads, scale=1 / math.sqrt(config.head_dim),
-        do_rotary=1, rotary_interleaved=0, local_window_size=-1, softcap=0.0,
+        do_rotary=1, rotary_interleaved=0, local_window_size=-1, softcap=0.0, **quantized,
     )  # fmt: skip
 
 
@@ -225,8 +234,11 @@ def _external(placed: Placed, location: str) -> onnx.TensorProto:
     return tensor
 
 
-def _values(config: ModelConfig, shape: Shape) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+def _values(
+    config: ModelConfig, weights: Weights, shape: Shape
+) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
     """Return the graph's inputs and outputs; a name stands for an axis that is free."""
+    kept = TensorProto.INT8 if weights.cache else TensorProto.FLOAT
 
     def value(name: str, kind: int, *dims: int | str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, dims)
@@ -234,7 +246,7 @@ def _values(config: ModelConfig, shape: Shape) -> tuple[list[onnx.ValueInfoProto
     def caches(pattern: str, when: str) -> list[onnx.ValueInfoProto]:
         heads, length = config.num_kv_heads, f"{when}_sequence_length"
         return [
-            value(pattern.format(layer, part), TensorProto.FLOAT, "batch_size", heads, length, config.head_dim)
+            value(pattern.format(layer, part), kept, "batch_size", heads, length, config.head_dim)
             for layer in range(config.num_layers)
             for part in ("key", "value")
         ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from r1q.core.cache_scales import CacheScales
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.tensors import TensorSpec
 from r1q.export.onnx_data import Blocks, DataFile, add_blocks, add_floats, common_form
@@ -36,16 +37,20 @@ class Linear:
 class Weights:
     """What the graphs refer to. `linears` by stem such as `model.layers.0.attn.qkv_proj`; `vectors` by their tensor's name.
 
-    `rotary`: cosines and sines, float32 [context, head_dim/2].
+    `rotary`: cosines and sines, float32 [context, head_dim/2]. `cache`: for each layer the scales of keys and of values where they are
+    kept in 8 bits, float32 [1, kv_heads, 1, head_dim]; else nothing.
     """
 
     linears: Mapping[str, Linear]
     vectors: Mapping[str, str]
     embedding: Matrix
     rotary: tuple[str, str]
+    cache: tuple[tuple[str, str], ...] = ()
 
 
-def place_weights(checkpoint: QuantizedCheckpoint, config: ModelConfig, data: DataFile, context: int) -> Weights:
+def place_weights(
+    checkpoint: QuantizedCheckpoint, config: ModelConfig, data: DataFile, context: int, cache: CacheScales | None = None
+) -> Weights:
     """Place every tensor of the model in `data`. q, k and v are stacked, and gate and up, where they share one form."""
     specs = {spec.name: spec for spec in checkpoint.tensors}
     table, head = _place_ends(checkpoint, config, data, specs)
@@ -58,7 +63,9 @@ def place_weights(checkpoint: QuantizedCheckpoint, config: ModelConfig, data: Da
         for name, spec in specs.items()
         if len(spec.shape) == 1 and spec.part == "weight"
     }
-    return Weights(linears=linears, vectors=vectors, embedding=table, rotary=_place_rotary(data, config, context))
+    rotary = _place_rotary(data, config, context)
+    steps = () if cache is None else _place_cache(data, cache)
+    return Weights(linears=linears, vectors=vectors, embedding=table, rotary=rotary, cache=steps)
 
 
 def _stacks(
@@ -134,4 +141,16 @@ def _place_rotary(data: DataFile, config: ModelConfig, context: int) -> tuple[st
     return (
         data.add("model.rotary.cos", "float32", shape, lambda: pieces(np.cos)),
         data.add("model.rotary.sin", "float32", shape, lambda: pieces(np.sin)),
+    )
+
+
+def _place_cache(data: DataFile, cache: CacheScales) -> tuple[tuple[str, str], ...]:
+    """Place what a step of each channel of keys and values is worth, in the shape that GroupQueryAttention wants."""
+
+    def place(layer: int, part: str, scales: NDArray[np.float32]) -> str:
+        return data.add(f"model.layers.{layer}.attn.{part}_scale", "float32", scales.shape, lambda: iter([scales]))
+
+    return tuple(
+        (place(layer, "k", keys[None, :, None]), place(layer, "v", values[None, :, None]))
+        for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True))
     )

@@ -10,6 +10,7 @@ from r1q.core.artifact import OutputFolder, newest_output
 from r1q.core.errors import CheckError, ResourceError, UsageError
 from r1q.models.embedded import OpenedModel, open_model
 from r1q.plan.choose import Choice, Wish, choose_recipe
+from r1q.plan.kv_cache import CacheText, cache_text
 from r1q.plan.memory import Workload, ceiling, fit_engine, memory_parts, rounding_parts, short_of
 from r1q.plan.plan import Plan, make_plan
 from r1q.plan.walk import Exported, quantize_model
@@ -33,6 +34,7 @@ class Job:
     group_size: int | None = None
     asymmetric: bool = False
     head_bits: int | None = None
+    kv: str = "float"
     method: str | None = None
     imatrix: Path | None = None
     effort: str | None = None
@@ -63,6 +65,12 @@ class Job:
             formats=self.formats,
         )
 
+    @property
+    def cache(self) -> CacheText | None:
+        """The text that an 8-bit cache is calibrated on, None for a float cache."""
+        text = CacheText(calibration=self.calibration or "builtin", samples=self.samples, length=self.seq_len)
+        return cache_text(self.kv, self.formats, text)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedJob:
@@ -92,7 +100,8 @@ def plan_job(opened: OpenedJob) -> Plan:
 
 def refuse_contradictions(job: Job) -> None:
     """Raise `UsageError` for options that do not go together."""
-    if job.method == "rtn" and (job.effort or job.calibration):
+    cache_text(job.kv, job.formats, CacheText())
+    if job.method == "rtn" and (job.effort or (job.calibration and job.cache is None)):
         raise UsageError("--method rtn looks at no text: leave --effort and --calibration out, or the method")
     if job.calibrated and job.imatrix is not None:
         raise UsageError(
@@ -114,7 +123,7 @@ def run_job(opened: OpenedJob, plan: Plan) -> Iterator[Event | Exported]:
     output = OutputFolder(job_folder(job, plan))
     refuse_little_memory(opened, plan)
     calibration = _calibration(opened, plan) if job.calibrated else None
-    for event in quantize_model(opened.model, plan, output, calibration):
+    for event in quantize_model(opened.model, plan, output, calibration, job.cache):
         if job.strict and isinstance(event, Event) and event.what == "note":
             raise CheckError(f"--strict: {event.name}")
         yield event

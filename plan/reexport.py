@@ -12,11 +12,17 @@ from r1q.core.errors import UsageError
 from r1q.core.files import write_json
 from r1q.core.formats import CHECKPOINT_ONLY, refuse_unfit
 from r1q.core.recipe import PlannedTensor
+from r1q.plan.kv_cache import CacheText
 from r1q.plan.walk import Exported, export_checkpoint
+from r1q.quantize.run import Event
 
 
-def reexport(path: Path, formats: Sequence[str], folder: Path | None = None) -> Iterator[Exported]:
+def reexport(
+    path: Path, formats: Sequence[str], folder: Path | None = None, cache: CacheText | None = None
+) -> Iterator[Event | Exported]:
     """Write `formats` from the checkpoint at `path` into `folder`, or beside the checkpoint; yield each when it is finished.
+
+    `cache` is the text that an 8-bit cache is calibrated on; events tell how far that is.
 
     `path` is an output folder of `r1q quantize` or the checkpoint in it. Raises `UsageError` for what a format cannot hold, before
     anything is written, and `InputError` for what is no finished checkpoint.
@@ -35,7 +41,7 @@ def reexport(path: Path, formats: Sequence[str], folder: Path | None = None) -> 
         ) from error
     if output.elsewhere is not None:
         _note_origin(output)
-    yield from export_checkpoint(output, formats)
+    yield from export_checkpoint(output, formats, cache)
 
 
 def _open_output(path: Path, folder: Path | None) -> OutputFolder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -10,10 +10,12 @@ from pathlib import Path
 
 from r1q import __version__
 from r1q.core.artifact import Artifact, OutputFolder, find_reference
+from r1q.core.cache_scales import CACHE_SCALES, CacheScales
 from r1q.core.checkpoint import MANIFEST, QuantizedCheckpoint
 from r1q.core.errors import InputError, MissingError
-from r1q.core.files import remove_leftovers
+from r1q.core.files import remove_leftovers, sha256_file
 from r1q.models.embedded import OpenedModel
+from r1q.plan.kv_cache import CacheText, cache_scales
 from r1q.plan.plan import Plan
 from r1q.quantize.run import Calibration, Event, Request, quantize_checkpoint
 
@@ -33,11 +35,15 @@ def versions() -> dict[str, str]:
 
 
 def quantize_model(
-    model: OpenedModel, plan: Plan, output: OutputFolder, calibrated: Calibration | None = None
+    model: OpenedModel,
+    plan: Plan,
+    output: OutputFolder,
+    calibrated: Calibration | None = None,
+    cache: CacheText | None = None,
 ) -> Iterator[Event | Exported]:
     """Quantize and export `model` as `plan` says into `output`, yielding events; one `Exported` for each format.
 
-    With `calibrated` blocks are coded by GPTQ on that text, else rounded to nearest.
+    With `calibrated` blocks are coded by GPTQ on that text, else rounded to nearest. `cache` as in `export_checkpoint`.
 
     The same call on a finished folder yields «already done» and changes nothing.
     """
@@ -61,20 +67,37 @@ def quantize_model(
     if find_reference(output.path) != source.path.resolve():
         # Not only on the first run: a kill just after the manifest, or a source that moved, would leave bench without its reference.
         output.remember_source(source.path)
-    yield from export_checkpoint(output, plan.formats)
+    yield from export_checkpoint(output, plan.formats, cache)
 
 
-def export_checkpoint(output: OutputFolder, formats: Sequence[str]) -> Iterator[Exported]:
-    """Write every format that is not there yet from the checkpoint in `output`; never quantizes."""
+def export_checkpoint(
+    output: OutputFolder, formats: Sequence[str], cache: CacheText | None = None
+) -> Iterator[Event | Exported]:
+    """Write every format that is not there yet from the checkpoint in `output`; never quantizes weights.
+
+    `cache` is the text on which the 8-bit cache of an ONNX folder is calibrated, None for a float32 one.
+    """
     for name in formats:
-        current = output.current(name)
+        scales = None
+        if name == "onnx" and cache is not None:
+            for found in cache_scales(output, cache):
+                if isinstance(found, CacheScales):
+                    scales = found
+                else:
+                    yield found
+        settings = _settings(output, scales)
+        current = output.current(name, settings)
         already = current is not None
         if current is None:
             remove_leftovers(output.path)
             checkpoint = QuantizedCheckpoint.open(output.checkpoint)
-            path, notes = _EXPORTERS[name](checkpoint, output.path)
-            current = output.record(name, path, notes)
+            path, notes = _EXPORTERS[name](checkpoint, output.path, scales)
+            current = output.record(name, path, notes, settings)
         yield Exported(artifact=current, path=output.path / current.name, already=already)
+
+
+def _settings(output: OutputFolder, scales: CacheScales | None) -> Mapping[str, str]:
+    return {} if scales is None else {"kv": "int8", "kv_scales": sha256_file(output.path / CACHE_SCALES)}
 
 
 def _refuse_unexportable(source: Path, formats: Sequence[str]) -> None:
@@ -87,7 +110,7 @@ def _refuse_unexportable(source: Path, formats: Sequence[str]) -> None:
         raise MissingError("ONNX export needs the package onnx: pip install 'r1q[onnx]'")
 
 
-def _gguf(checkpoint: QuantizedCheckpoint, folder: Path) -> tuple[Path, tuple[str, ...]]:
+def _gguf(checkpoint: QuantizedCheckpoint, folder: Path, _: CacheScales | None) -> tuple[Path, tuple[str, ...]]:
     from r1q.export.gguf import write_gguf
     from r1q.export.pretokenizer import prove_tokenizer
 
@@ -100,19 +123,25 @@ def _gguf(checkpoint: QuantizedCheckpoint, folder: Path) -> tuple[Path, tuple[st
     return path, (f"tokenizer: {proof}",)
 
 
-def _gptq(checkpoint: QuantizedCheckpoint, folder: Path) -> tuple[Path, tuple[str, ...]]:
+def _gptq(checkpoint: QuantizedCheckpoint, folder: Path, _: CacheScales | None) -> tuple[Path, tuple[str, ...]]:
     from r1q.export.gptq import write_gptq
 
     return write_gptq(checkpoint, folder), ("opens in transformers (with gptqmodel) and vLLM",)
 
 
-def _onnx(checkpoint: QuantizedCheckpoint, folder: Path) -> tuple[Path, tuple[str, ...]]:
+def _onnx(checkpoint: QuantizedCheckpoint, folder: Path, scales: CacheScales | None) -> tuple[Path, tuple[str, ...]]:
     from r1q.export.onnx import write_onnx
 
-    return write_onnx(checkpoint, folder), ("opens in onnxruntime and onnxruntime-genai",)
+    notes = ["opens in onnxruntime and onnxruntime-genai"]
+    if scales is not None:
+        text = scales.record["calibration"]
+        seen = f"{text['samples']} windows of {text['length']} tokens" if isinstance(text, Mapping) else "text"
+        notes.append(f"keys and values in 8 bits, by channel, ranges found on {seen} ({CACHE_SCALES})")
+    return write_onnx(checkpoint, folder, cache=scales), tuple(notes)
 
 
-_EXPORTERS: dict[str, Callable[[QuantizedCheckpoint, Path], tuple[Path, tuple[str, ...]]]] = {
+_Exporter = Callable[[QuantizedCheckpoint, Path, CacheScales | None], tuple[Path, tuple[str, ...]]]
+_EXPORTERS: Mapping[str, _Exporter] = {
     "gguf": _gguf,
     "gptq": _gptq,
     "onnx": _onnx,
