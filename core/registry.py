@@ -8,6 +8,7 @@ package whose own module fails. A broken import inside our own module is our mis
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,13 +24,15 @@ T = TypeVar("T")
 class Entry:
     """One row: `target` is "module:object"; `needs` the module that must be importable first, `extra` what of ours installs it.
 
-    `package` is the distribution that offers a third-party entry, None for our own.
+    With `prepares`, the target imports `needs` itself, after it has prepared for that, and raises MissingError where it does not load:
+    here it only has to be there. `package` is the distribution that offers a third-party entry, None for our own.
     """
 
     target: str
     about: str = ""
     needs: str | None = None
     extra: str | None = None
+    prepares: bool = False
     package: str | None = None
 
     def __post_init__(self) -> None:
@@ -81,7 +84,7 @@ class Registry(Generic[T]):
         """
         entry = self.entry(name)
         if entry.needs is not None:
-            self._import_need(name, entry, entry.needs)
+            self._check_need(name, entry, entry.needs)
         if entry.package is None:
             return cast(T, _resolve(entry.target))
         try:
@@ -89,9 +92,12 @@ class Registry(Generic[T]):
         except (ImportError, AttributeError) as error:
             raise MissingError(f"{self.kind} {name!r} of package {entry.package} does not load: {error}") from error
 
-    def _import_need(self, name: str, entry: Entry, needs: str) -> None:
+    def _check_need(self, name: str, entry: Entry, needs: str) -> None:
         try:
-            importlib.import_module(needs)
+            if not entry.prepares:
+                importlib.import_module(needs)
+            elif importlib.util.find_spec(needs) is None:
+                raise ModuleNotFoundError(name=needs)
         except ModuleNotFoundError as error:
             if error.name != needs:
                 raise MissingError(f"{self.kind} {name!r}: {needs} is installed but does not load: {error}") from error

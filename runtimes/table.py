@@ -18,12 +18,26 @@ RUNTIMES: Registry[RuntimeFactory] = Registry(
             needs="llama_cpp",
             extra="llama-cpp",
         ),
+        "onnxruntime": Entry(
+            target="r1q.runtimes.onnxruntime:OnnxRuntime",
+            about="onnxruntime in this process, with our own loop: caches written in place",
+            needs="onnxruntime",
+            extra="onnx",
+            prepares=True,
+        ),
+        "onnxruntime-genai": Entry(
+            target="r1q.runtimes.onnxruntime_genai:OnnxRuntimeGenai",
+            about="onnxruntime-genai in this process, with its loop",
+            needs="onnxruntime_genai",
+            extra="genai",
+            prepares=True,
+        ),
         "echo": Entry(target="r1q.runtimes.echo:Echo", about="says again what it has read; for tests, needs nothing"),
     },
     group="r1q.runtimes",
 )
 
-DEFAULTS: Mapping[str, str] = MappingProxyType({"gguf": "llama-cpp", "echo": "echo"})
+DEFAULTS: Mapping[str, str] = MappingProxyType({"gguf": "llama-cpp", "onnx": "onnxruntime", "echo": "echo"})
 
 
 def runtime_name(format_name: str, asked: str | None = None) -> str:

@@ -50,6 +50,18 @@ def test_absent_library_names_the_extra() -> None:
         registry.load("x")
 
 
+def test_a_library_that_the_target_prepares_for_is_looked_for_and_not_imported(packages: Path) -> None:
+    (packages / "touchy_lib.py").write_text("VALUE = 1\n")
+    (packages / "touchy_adapter.py").write_text(
+        "import sys; BEFORE = 'touchy_lib' in sys.modules; import touchy_lib; VALUE = BEFORE\n"
+    )
+    entry = Entry(target="touchy_adapter:VALUE", needs="touchy_lib", extra="touchy", prepares=True)
+    assert Registry("thing", {"x": entry}).load("x") is False
+    absent = Entry(target="touchy_adapter:VALUE", needs="absent_lib", extra="touchy", prepares=True)
+    with pytest.raises(MissingError, match=r"thing 'x' needs absent_lib: pip install 'r1q\[touchy\]'"):
+        Registry("thing", {"x": absent}).load("x")
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
