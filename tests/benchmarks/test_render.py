@@ -161,7 +161,7 @@ def test_everything_that_was_measured_has_its_column() -> None:
         "12.8 ± 0.0",
         "60 70 70",
         "  72  ",
-        "2.000 ± 0.000",
+        "2.00 ± 0.00",
         "1.25 s 350 ms",
         "2.00 GiB",
         "~33.3",
