@@ -57,9 +57,17 @@ COMMANDS = {
         "Let MODEL answer generated problems itself, and keep how it thought: the text it is best calibrated on.",
     ),
     "quantize": Lazy("r1q.commands.quantize", "Quantize MODEL into a file that runs here."),
+    "report": Lazy(
+        "r1q.commands.report",
+        "Draw RUNS, files of `r1q bench --format json` or jsonl, as one page of HTML that needs no network.",
+    ),
     "serve": Lazy(
         "r1q.commands.serve",
         "Serve ARTIFACT to OpenAI clients: chat, completions, streaming; thoughts apart from answers; metrics for Prometheus.",
+    ),
+    "ship": Lazy(
+        "r1q.commands.ship",
+        "Pack PATH, an output folder or checkpoint, into a folder that a stranger can check and run; or check such a folder.",
     ),
     "verify": Lazy(
         "r1q.commands.verify",

@@ -31,7 +31,13 @@ import click
 @click.option(
     "--grace", type=click.FloatRange(min=0), default=30, show_default=True, help="Seconds to finish when told to stop."
 )
-def serve(artifact: Path | None, **options: Any) -> None:
+@click.option(
+    "--ask",
+    "question",
+    metavar="TEXT",
+    help="Answer one question and end: the thought on stderr, the answer on stdout.",
+)
+def serve(artifact: Path | None, question: str | None, **options: Any) -> None:
     """Serve ARTIFACT to OpenAI clients: chat, completions, streaming; thoughts apart from answers; metrics for Prometheus.
 
     ARTIFACT is a .gguf file or a folder that holds one; without it, the newest folder in ./r1q-out, or else the embedded model.
@@ -40,6 +46,7 @@ def serve(artifact: Path | None, **options: Any) -> None:
     \b
     Examples:
       r1q serve
+      r1q serve model.gguf --ask "What is 17 + 25?"
       r1q serve model.gguf --context 32768 --parallel 2
       R1Q_API_KEY=secret r1q serve model.gguf --host 0.0.0.0
     """
@@ -57,7 +64,10 @@ def serve(artifact: Path | None, **options: Any) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # below it: a line for every request that is no HTTP
-    settings = Settings(**options)
+    settings = Settings(**{**options, "parallel": 1} if question is not None else options)
+    if question is not None:
+        _answer(open_artifact(artifact or newest_or_embedded(), settings), question)
+        return
     listener = listen(settings)
     opened = open_artifact(artifact or newest_or_embedded(), settings)
     if is_exposed(settings.host) and settings.api_key is None:
@@ -66,3 +76,13 @@ def serve(artifact: Path | None, **options: Any) -> None:
     about = f"{opened.name}: {session.runtime} on {session.device}, {session.sequences} × {session.context} tokens"
     run_server(opened, listener, settings, ready=lambda: click.echo(f"{about}\nready: {address_of(listener)}"))
     click.echo("stopped")
+
+
+def _answer(opened: Any, question: str) -> None:
+    from r1q.core.untrusted import printable
+    from r1q.serve.ask import ask
+
+    for piece in ask(opened, question):
+        click.echo(printable(piece.thought, lines=True), err=True, nl=bool(piece.text))
+        click.echo(printable(piece.text, lines=True), nl=False)
+    click.echo()

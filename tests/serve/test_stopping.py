@@ -89,7 +89,8 @@ def test_sigterm_finishes_what_is_at_hand(start: Start) -> None:
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:
         thread.start()
-    running.wait("vllm:num_requests_waiting", 1)  # two are answered
+    running.wait("vllm:num_requests_running", 2)
+    running.wait("vllm:num_requests_waiting", 1)
     code, out, err = running.end()
     for thread in threads:
         thread.join()

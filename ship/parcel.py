@@ -1,0 +1,206 @@
+"""Packing: from an output folder of `r1q quantize` to a folder that a stranger can run and check."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from r1q import __version__
+from r1q.benchmarks.result import BenchResult
+from r1q.core.artifact import ARTIFACTS, Artifact, OutputFolder, artifact_files
+from r1q.core.checkpoint import MANIFEST, QuantizedCheckpoint
+from r1q.core.errors import InputError, UsageError
+from r1q.core.files import TEMP_PREFIX, atomic_write, sha256_file, writing
+from r1q.ship.card import Card, card_text, read_results
+from r1q.ship.cluster import kubernetes_yaml, object_name, prometheus_yaml
+from r1q.ship.facts import find_origin, gguf_facts
+from r1q.ship.licences import licences_of
+from r1q.ship.modelfile import make_modelfile
+from r1q.ship.scripts import Run, run_scripts
+from r1q.ship.seal import list_files, seal
+from r1q.ship.targets import Target, find_target
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_KEPT = ("method", "recipe", "calibration", "engine", "versions", "source", "origin", "events", "model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """A finished parcel: where it is, its files with their bytes, and what its user should know."""
+
+    path: Path
+    files: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+def pack(source: Path, target: str, output: Path, *, results: Path | None = None) -> Packed:
+    """Pack the artifacts that lie in `source` (an output folder or its checkpoint) for a target into the new folder `output`.
+
+    Raises `UsageError` where nothing fits the target or `output` is not empty, `InputError` for artifacts that are damaged.
+    """
+    row = find_target(target)
+    folder, checkpoint = _open(source)
+    artifacts = _fitting(folder, row)
+    measured = _measured(results, artifacts) if results else []
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} exists and is not empty; choose another folder with -o")
+    with writing(output), _becoming(output) as parcel:
+        for artifact in artifacts:
+            _copy(folder.path, artifact, parcel)
+        texts, notes = _texts(folder, checkpoint, artifacts, row, parcel, measured)
+        for name, text in texts.items():
+            with atomic_write(parcel / name) as file:
+                file.write(text.encode())
+        if "run.sh" in texts:
+            os.chmod(parcel / "run.sh", 0o755)
+        seal(parcel, _lock(checkpoint, row))
+    files = {name: path.stat().st_size for name, path in list_files(output).items()}
+    return Packed(path=output, files=files, notes=tuple(notes))
+
+
+@contextlib.contextmanager
+def _becoming(output: Path) -> Iterator[Path]:
+    """Give a folder beside `output` that takes its place when all went well, and is removed otherwise."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=output.parent))
+    try:
+        yield folder
+        os.chmod(folder, 0o755)
+        os.replace(folder, output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open(source: Path) -> tuple[OutputFolder, QuantizedCheckpoint]:
+    if (source / ARTIFACTS).is_file():
+        folder = OutputFolder(source)
+    elif (source / MANIFEST).is_file() and (source.parent / ARTIFACTS).is_file():
+        folder = OutputFolder(source.parent, elsewhere=source)
+    else:
+        raise InputError(
+            f"{source} is not a folder that r1q quantize made, or it has no artifacts yet: r1q export {source}"
+        )
+    return folder, QuantizedCheckpoint.open(folder.checkpoint)
+
+
+def _fitting(folder: OutputFolder, row: Target) -> list[Artifact]:
+    """Return the artifacts for a target, best first, each of them the one that its checkpoint makes."""
+    listed = folder.artifacts()
+    found = [artifact for name in row.formats if name in listed and (artifact := folder.current(name))]
+    if not found:
+        has = ", ".join(listed) or "nothing"
+        raise UsageError(
+            f"{folder.path} has {has}; a {row.name} needs {' or '.join(row.formats)}: "
+            f"r1q export {folder.checkpoint} --to {row.formats[0]}"
+        )
+    return found
+
+
+def _measured(path: Path, artifacts: list[Artifact]) -> list[BenchResult]:
+    """Return the results of a file, which may hold others' to compare with. Raises `UsageError` where none is of these artifacts."""
+    found = read_results(path)
+    names = {artifact.name.removesuffix(".gguf") for artifact in artifacts}
+    if not any(result.name in names for result in found):
+        raise UsageError(f"{path} has no result of {', '.join(sorted(names))}: r1q bench the same folder with --json")
+    return found
+
+
+def _copy(folder: Path, artifact: Artifact, output: Path) -> None:
+    """Copy an artifact and prove the copy by the sums of artifacts.json."""
+    origin, copy = folder / artifact.name, output / artifact.name
+    if not _SAFE_NAME.fullmatch(artifact.name):
+        raise UsageError(f"{artifact.name!r} has characters that a shell would read; export it under another name")
+    if origin.is_dir():
+        copy.mkdir()
+        pairs = [(path, copy / name) for name, path in artifact_files(origin).items()]
+    else:
+        pairs = [(origin, copy)]
+    for path, target in pairs:
+        shutil.copyfile(path, target)
+        if sha256_file(target) != artifact.files.get(path.name):
+            raise InputError(f"{path} is not what r1q wrote (its sha256 differs); export it again")
+
+
+def _texts(
+    folder: OutputFolder,
+    checkpoint: QuantizedCheckpoint,
+    artifacts: list[Artifact],
+    row: Target,
+    output: Path,
+    measured: list[BenchResult],
+) -> tuple[dict[str, str], list[str]]:
+    """Return the text files of a parcel by name, and the notes for its user."""
+    origin = find_origin(folder.path, checkpoint)
+    licences = licences_of(origin)
+    texts = {path.name: path.read_text(encoding="utf-8", errors="replace") for path in origin.texts}
+    notices = "".join(licence.notice for licence in licences)
+    if notices:
+        texts["NOTICE"] = texts.get("NOTICE", "") + notices
+    notes: list[str] = []
+    gguf = next((artifact for artifact in artifacts if artifact.format == "gguf"), None)
+    context, chat = row.context, None
+    if gguf is not None:
+        facts = gguf_facts(output / gguf.name)
+        context = min(row.context, facts.context)
+        model = make_modelfile(facts, gguf.name, context=context)
+        chat, name = model.format, object_name(gguf.name.removesuffix(".gguf"))
+        notes += model.notes
+        texts["Modelfile"] = model.text
+        run = Run(name=name, file=gguf.name, context=context, temperature=facts.temperature, top_p=facts.top_p)
+        texts |= run_scripts(run)
+        texts["prometheus.yml"] = prometheus_yaml(name)
+        if row.cluster:
+            texts["kubernetes.yaml"] = kubernetes_yaml(
+                facts,
+                gguf.name,
+                name=name,
+                bytes=gguf.bytes,
+                context=context,
+                parallel=row.parallel,
+                gpu=row.name == "gpu",
+            )
+    if not licences:
+        notes.append(f"the licence of {origin.base} is not known: find it out before passing this on")
+    card = Card(
+        title=f"{checkpoint.model_name} {checkpoint.recipe_name}".strip(),
+        origin=origin,
+        licences=licences,
+        recipe=checkpoint.recipe_name or "mixed",
+        command=_command(checkpoint, artifacts),
+        files=[(artifact.name, artifact.bytes, artifact.format) for artifact in artifacts],
+        results=measured,
+        target=row.name,
+        format=chat,
+        context=context,
+        notes=notes,
+    )
+    texts["README.md"] = card_text(card)
+    return texts, notes
+
+
+def _command(checkpoint: QuantizedCheckpoint, artifacts: list[Artifact]) -> str:
+    """Return the command that makes the same codes again, as far as the manifest tells it."""
+    manifest = checkpoint.manifest
+    origin = manifest.get("origin")
+    model = checkpoint.model_name
+    if isinstance(origin, Mapping) and origin.get("repository"):
+        model = f"{origin['repository']}@{origin['commit']}" if origin.get("commit") else str(origin["repository"])
+    words = ["r1q", "quantize", *([] if model == "tiny-r1" else [model])]
+    words += ["--scheme", checkpoint.recipe_name or "recipe.toml", "--to", ",".join(a.format for a in artifacts)]
+    if manifest.get("method") == "gptq":
+        words += ["--method", "gptq"]
+    command = " ".join(words)
+    calibration = manifest.get("calibration")
+    return f"{command}   # calibration and engine: see r1q.lock.json" if calibration else command
+
+
+def _lock(checkpoint: QuantizedCheckpoint, row: Target) -> dict[str, object]:
+    kept = {key: checkpoint.manifest[key] for key in _KEPT if key in checkpoint.manifest}
+    sums = {"manifest_sha256": sha256_file(checkpoint.path / MANIFEST)}
+    return {"format": 1, "packed_by": f"r1q {__version__}", "target": row.name, "checkpoint": {**kept, **sums}}
