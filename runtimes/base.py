@@ -20,6 +20,7 @@ from r1q.core.errors import UsageError
 Floats = NDArray[np.float32]
 Device = Literal["cpu", "gpu"]
 Cache = Literal["f16", "f32"]
+Compute = Literal["bf16", "f32"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class Options:
     `threads`: None means every physical core that this process may use. `context`: tokens a sequence can hold; None means what the
     model was trained for, at most 4096. `sequences`: how many can live at once. `cache`: the type of keys and values.
     `flash_attention`: False never, None as the runtime chooses. `gpu_layers`: blocks that go to the GPU, −1 all; 0 with device cpu.
+    `compute`: what float weights are multiplied in, None as the runtime chooses; one whose files decide that leaves it unread.
     """
 
     device: Device = "cpu"
@@ -38,6 +40,7 @@ class Options:
     cache: Cache = "f16"
     flash_attention: Literal[False] | None = None
     gpu_layers: int = 0
+    compute: Compute | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("threads", self.threads), ("context", self.context), ("sequences", self.sequences)):

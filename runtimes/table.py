@@ -18,6 +18,11 @@ RUNTIMES: Registry[RuntimeFactory] = Registry(
             needs="llama_cpp",
             extra="llama-cpp",
         ),
+        "torch": Entry(
+            target="r1q.runtimes.torch:Torch",
+            about="our own decoder in torch: float folders, and codes as the floats they mean",
+            needs="torch",
+        ),
         "onnxruntime": Entry(
             target="r1q.runtimes.onnxruntime:OnnxRuntime",
             about="onnxruntime in this process, with our own loop: caches written in place",
@@ -37,7 +42,9 @@ RUNTIMES: Registry[RuntimeFactory] = Registry(
     group="r1q.runtimes",
 )
 
-DEFAULTS: Mapping[str, str] = MappingProxyType({"gguf": "llama-cpp", "onnx": "onnxruntime", "echo": "echo"})
+DEFAULTS: Mapping[str, str] = MappingProxyType(
+    {"gguf": "llama-cpp", "onnx": "onnxruntime", "hf": "torch", "checkpoint": "torch", "gptq": "torch", "echo": "echo"}
+)
 
 
 def runtime_name(format_name: str, asked: str | None = None) -> str:

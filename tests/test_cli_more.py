@@ -205,10 +205,11 @@ def test_doctor_tells_everything_and_ends_with_0(tmp_path: Path) -> None:
 
 
 def test_doctor_ends_with_4_when_nothing_here_can_open_a_file(tmp_path: Path) -> None:
-    (tmp_path / "llama_cpp.py").write_text("raise RuntimeError('Failed to load shared library libllama.so')")
+    for module in ("llama_cpp", "torch", "onnxruntime", "onnxruntime_genai"):
+        (tmp_path / f"{module}.py").write_text("raise RuntimeError('Failed to load shared library libllama.so')")
     done = run_doctor(PYTHONPATH=str(tmp_path))
     assert done.returncode == 4
     assert "llama-cpp: broken" in done.stdout
     (line,) = done.stderr.splitlines()
-    assert line.startswith("Error: no runtime here can open what r1q writes (gguf, gptq); llama-cpp is broken: ")
+    assert line.startswith("Error: no runtime here can open what r1q writes (gguf, gptq, onnx); llama-cpp is broken: ")
     assert "libllama.so" in line
