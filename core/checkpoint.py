@@ -5,6 +5,8 @@
     source/              the model's config, tokenizer, chat template and generation defaults, byte for byte
     embedding.safetensors, block-00000.safetensors, …, head.safetensors
     manifest.json        written last: without it the checkpoint is unfinished
+    permutations.safetensors  only where inputs were coded in order of activation (a GPTQ folder with g_idx): by weight, int32
+                         [columns], which input each stored column is of; its sha256 is in the job's `origin`
 
 A block file holds each tensor as stored rows: float grids under their own dtype [rows, columns], quantized ones as bytes
 [rows, row_bytes] (for the block grids, exactly the bytes of a GGUF tensor). No time and no path enters any of these files.
@@ -19,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from r1q.core.errors import InputError, UsageError
 from r1q.core.files import is_bare_name, sha256_file
@@ -31,6 +34,7 @@ from r1q.core.tensors import TensorSpec
 
 FORMAT_VERSION = 1
 JOB, JOURNAL, MANIFEST, SIDECAR = "job.json", "journal.jsonl", "manifest.json", "source"
+PERMUTATIONS = "permutations.safetensors"
 _MAX_MANIFEST_BYTES = 1 << 28
 _STORED_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
@@ -112,6 +116,7 @@ class QuantizedCheckpoint:
     manifest: Mapping[str, object]
     records: Mapping[str, TensorRecord]
     _files: dict[str, SafetensorsFile] = field(default_factory=dict)
+    _orders: dict[str, NDArray[np.int32]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> QuantizedCheckpoint:
@@ -179,16 +184,43 @@ class QuantizedCheckpoint:
             return np.ascontiguousarray(file.read(name)).view(np.uint8).reshape(1, row_bytes)[start:stop]
         return np.ascontiguousarray(file.read_rows(name, start, stop)).view(np.uint8).reshape(stop - start, row_bytes)
 
-    def read(self, name: str, start: int, stop: int) -> QuantizedTensor:
-        """Return rows of a quantized tensor as codes and params."""
+    def permutation(self, name: str) -> NDArray[np.int32] | None:
+        """Return which input each stored column of a weight is of [columns], None where columns stand in order.
+
+        Raises `InputError` where the file of permutations is damaged.
+        """
+        if not self._orders and (self.path / PERMUTATIONS).is_file():
+            file = SafetensorsFile.open(self.path / PERMUTATIONS)
+            for weight in file.tensors:
+                order = file.read(weight)
+                columns = self.records[weight].spec.columns if weight in self.records else 0
+                if order.dtype != np.int32 or order.ndim != 1 or not np.array_equal(np.sort(order), np.arange(columns)):
+                    raise InputError(f"{file.path}: {weight} is no order of {columns} inputs; import the folder again")
+                self._orders[weight] = order
+        return self._orders.get(name)
+
+    def read(self, name: str, start: int, stop: int, *, in_order: bool = True) -> QuantizedTensor:
+        """Return rows of a quantized tensor as codes and params.
+
+        A tensor with a permutation is refused with `UsageError` unless `in_order` is False: the caller then minds the order itself.
+        """
+        if in_order and self.permutation(name) is not None:
+            raise UsageError(
+                f"{name}: its inputs are coded in order of activation, which only an ONNX file can hold: --to onnx"
+            )
         record = self.records[name]
         return unpack(record.scheme, self.packed_rows(name, start, stop), record.spec.columns)
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
-        """Return rows [stop − start, columns] as float32 values (a vector: [length]), dequantized where they are codes."""
+        """Return rows as float32 values [stop − start, columns] (a vector: [length]), dequantized where they are codes; in order."""
         record = self.records[name]
         if record.scheme.facts.family != "float":
-            return self.read(name, start, stop).dequantize()
+            values, order = self.read(name, start, stop, in_order=False).dequantize(), self.permutation(name)
+            if order is None:
+                return values
+            ordered = np.empty_like(values)
+            ordered[:, order] = values
+            return ordered
         values = bytes_to_floats(record.scheme.grid, self.packed_rows(name, start, stop))
         return values.reshape(-1) if len(record.spec.shape) == 1 else values
 

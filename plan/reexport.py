@@ -12,6 +12,9 @@ from r1q.core.errors import UsageError
 from r1q.core.files import write_json
 from r1q.core.formats import CHECKPOINT_ONLY, refuse_unfit
 from r1q.core.recipe import PlannedTensor
+from r1q.models.gptq_source import is_gptq
+from r1q.plan.import_gptq import import_gptq
+from r1q.plan.job import OUTPUT_ROOT
 from r1q.plan.kv_cache import CacheText
 from r1q.plan.walk import Exported, export_checkpoint
 from r1q.quantize.run import Event
@@ -24,11 +27,17 @@ def reexport(
 
     `cache` is the text that an 8-bit cache is calibrated on; events tell how far that is.
 
-    `path` is an output folder of `r1q quantize` or the checkpoint in it. Raises `UsageError` for what a format cannot hold, before
-    anything is written, and `InputError` for what is no finished checkpoint.
+    `path` is an output folder of `r1q quantize`, the checkpoint in it, or anyone's GPTQ folder (see `plan/import_gptq.py`), of which
+    a checkpoint is made first. Raises `UsageError` for what a format cannot hold, before anything is written, and `InputError` for
+    what is no finished checkpoint.
     """
     if not formats:
         raise UsageError(f"{CHECKPOINT_ONLY} is what is there already; name a format with --to")
+    if is_gptq(path):
+        output = OutputFolder(folder or OUTPUT_ROOT / f"{path.resolve().name}-{'-'.join(formats)}")
+        yield from import_gptq(path, formats, output)
+        yield from export_checkpoint(output, formats, cache)
+        return
     output = _open_output(path, folder)
     checkpoint = QuantizedCheckpoint.open(output.checkpoint)
     records = checkpoint.records.values()

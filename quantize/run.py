@@ -68,7 +68,8 @@ class Request:
     """What to quantize and how: everything that decides the bytes is in here, and in job.json.
 
     `importance` maps GGUF tensor names to mean squared activations [columns]; `calibration` says where they came from. With
-    `calibrated` the blocks are coded by GPTQ on their own inputs, else everything is rounded to nearest.
+    `calibrated` the blocks are coded by GPTQ on their own inputs, else everything is what `store` makes of it, rounding to nearest
+    for None.
     """
 
     model: str
@@ -80,6 +81,7 @@ class Request:
     importance: Mapping[str, Floats] = field(default_factory=dict)
     calibration: Mapping[str, object] | None = None
     calibrated: Calibration | None = None
+    store: Store | None = None
 
     def unweighted(self) -> list[PlannedTensor]:
         """Return the matrices that have no importance although there is some for others."""
@@ -138,7 +140,8 @@ def _write_files(source: FloatSource, request: Request, folder: Path, finished: 
             yield Event(what="kept", name=file, count=len(tensors))
             continue
         done: list[TensorRecord] = []
-        yield from write_block(folder / file, tensors, stored_slabs(source, request.importance), done)
+        store = request.store or stored_slabs(source, request.importance)
+        yield from write_block(folder / file, tensors, store, done)
         finished[file] = journal.FinishedFile(file=file, sha256=sha256_file(folder / file), records=tuple(done))
         journal.append(folder, finished[file])
         yield Event(what="file", name=file)
