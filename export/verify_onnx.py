@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from r1q.core.cache_scales import CACHE_SCALES, CacheScales
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import InputError
 from r1q.core.files import sha256_file
@@ -51,15 +52,16 @@ def verify_onnx(checkpoint: QuantizedCheckpoint, path: Path) -> Verified:
     readings = [follow(folder, graph, config) for graph in folder.graphs.values()]
     comparison = _Comparison(checkpoint, folder, config)
     defects = [*_setting_defects(folder, config), *_copy_defects(checkpoint, folder)]
+    notes: list[str] = []
     for reading in readings:
-        defects += [*reading.defects, *comparison.defects_of(reading)]
+        defects += [*reading.defects, *comparison.defects_of(reading), *_cache_defects(reading, notes)]
     return Verified(
         format="onnx",
         path=path,
         files=0,
         tensors=len(comparison.compared),
         defects=tuple(dict.fromkeys(defects)),
-        notes=tuple(dict.fromkeys(note for reading in readings for note in reading.notes)),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -91,6 +93,36 @@ def _setting_defects(folder: OnnxFolder, config: ModelConfig) -> Iterator[Defect
     lengths = [stated(folder.config, *keys) for keys in (("search", "max_length"), ("model", "context_length"))]
     if not all(type(length) is int for length in lengths) or not 1 <= lengths[0] <= lengths[1]:
         yield Defect(where=f"{CONFIG}: search.max_length", what=f"is {lengths[0]!r} of a context of {lengths[1]!r}")
+
+
+def _cache_defects(reading: Reading, notes: list[str]) -> Iterator[Defect]:
+    """Hold the scales of an 8-bit cache against the file beside the folder that keeps them; they are no weights."""
+    config, path = reading.config, reading.folder.path.absolute().parent / CACHE_SCALES
+    if not reading.cache:
+        return
+    if not path.is_file():
+        notes.append(
+            f"keys and values are kept in 8 bits; {CACHE_SCALES}, which has their scales, is not beside the folder"
+        )
+        return
+    shape = (config.num_kv_heads, config.head_dim)
+    try:
+        wanted = CacheScales.read(path, (config.num_layers, *shape))
+    except InputError as error:
+        yield Defect(where=CACHE_SCALES, what=str(error).removeprefix(f"{path} "))
+        return
+    notes.append(f"keys and values are kept in 8 bits, with the scales of {CACHE_SCALES}")
+    for layer in range(config.num_layers):
+        for part, tensor, want in zip(
+            ("keys", "values"), reading.cache.get(layer, ()), (wanted.keys[layer], wanted.values[layer]), strict=False
+        ):
+            where = f"{reading.graph.path.name}: scales of the {part} of block {layer}"
+            if tensor.dtype != "float32" or tensor.size != want.size:
+                yield Defect(where=where, what=f"are {tensor.dtype} {list(tensor.shape)}, not {list(shape)} of float32")
+                continue
+            counts, largest = _differences(reading.folder.read(tensor).reshape(shape), want)
+            if (defect := Defect.of_counts(where, counts, largest)) is not None:
+                yield defect
 
 
 def _copy_defects(checkpoint: QuantizedCheckpoint, folder: OnnxFolder) -> Iterator[Defect]:

@@ -46,7 +46,6 @@ _CACHES = (
     ("outputs", 1, "present_key_names", "present.%d.key"),
     ("outputs", 2, "present_value_names", "present.%d.value"),
 )
-_QUANTIZED_CACHE = ("k_quant_type", "v_quant_type", "kv_cache_bit_width")
 
 
 def follow(folder: OnnxFolder, graph: OnnxGraph, config: ModelConfig) -> Reading:
@@ -345,16 +344,15 @@ def _hold_attention(reading: Reading, node: OnnxNode, layer: int) -> None:
         if node.input(index):
             reading.say(str(node), f"has {what} {node.input(index)!r}")
     reading.rotary.append((reading.held(node, 7), reading.held(node, 8)))
-    quantized = _QUANTIZED_CACHE if node.input(12) else ()
-    if quantized:
-        reading.notes.append(
-            "keys and values are quantized while it runs; their scales are no weights and not compared"
-        )
+    eight: dict[str, object] = {}
+    if node.input(12) or node.input(13):
+        reading.cache[layer] = (reading.held(node, 12), reading.held(node, 13))
+        eight = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
     wanted = {"num_heads": config.num_heads, "kv_num_heads": config.num_kv_heads, "do_rotary": 1}
     if node.attributes.get("scale", 0.0) != 0.0:  # 0 is what is wanted, spelled otherwise
         wanted |= {"scale": 1 / math.sqrt(config.head_dim)}  # type: ignore[dict-item]
     plain = {"rotary_interleaved": 0, "local_window_size": -1, "softcap": 0.0}
-    reading.settings(node, {**wanted, **plain}, free=quantized)
+    reading.settings(node, {**wanted, **plain, **eight})
 
 
 _MICROSOFT = "com.microsoft"

@@ -135,7 +135,10 @@ class MisfitError(Exception):
 
 @dataclass(slots=True)
 class Reading:
-    """The record of following a graph: `values` by name, `bound` tensors, rotary tables, and what is not as the model has it."""
+    """The record of following a graph: `values` by name, `bound` tensors, rotary tables, and what is not as the model has it.
+
+    `cache`: by block the scales of keys and values that are kept in 8 bits.
+    """
 
     folder: OnnxFolder
     graph: OnnxGraph
@@ -144,8 +147,8 @@ class Reading:
     constants: dict[str, OnnxTensor] = field(default_factory=dict)
     bound: list[Bound] = field(default_factory=list)
     rotary: list[tuple[OnnxTensor, OnnxTensor]] = field(default_factory=list)
+    cache: dict[int, tuple[OnnxTensor, OnnxTensor]] = field(default_factory=dict)
     defects: list[Defect] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     def say(self, where: str, what: str) -> None:
         """Add a defect that is no tensor's."""

@@ -15,7 +15,10 @@ import pytest
 from numpy.typing import NDArray
 
 from r1q.core.artifact import OutputFolder
+from r1q.core.cache_scales import CACHE_SCALES, CacheScales
+from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import CheckError, InputError
+from r1q.export.onnx import write_onnx
 from r1q.export.verified import Defect, Verified, refuse_failed
 from r1q.export.verify import verify_path
 
@@ -255,6 +258,24 @@ def test_what_stands_beside_the_graphs_is_checked(made: Made) -> None:
         "genai_config.json: search.max_length: is 1048576 of a context of 256",
         "tokenizer.json: is not byte for byte the model's own",
         "model_all_logits.onnx: gives the last position's logits, not every one's",
+    ]
+
+
+def test_scales_of_an_8_bit_cache_are_held_against_their_file(made: Made) -> None:
+    output = made("qwen2", to="onnx", bits=4)
+    random = np.random.default_rng(0)
+    ranges = [random.uniform(1, 2, (2, 2, 64)).astype(np.float32) for _ in "kv"]
+    scales = CacheScales.of_ranges(*ranges, record={})
+    write_onnx(QuantizedCheckpoint.open(output.checkpoint), output.path, cache=scales)
+    output.record("onnx", output.path / "onnx", ())
+    (note,) = result_of(output).notes
+    assert "is not beside the folder" in note
+    scales.write(output.path / CACHE_SCALES)
+    assert result_of(output).defects == ()
+    bytes_of(output, ATTENTION, 13, flip(5))
+    found = [str(defect) for defect in result_of(output).defects]
+    assert [line.partition(": 1 value differs")[0] for line in found] == [
+        f"{name}: scales of the values of block 1" for name in ("model.onnx", "model_all_logits.onnx")
     ]
 
 
