@@ -264,8 +264,8 @@ def test_what_stands_beside_the_graphs_is_checked(made: Made) -> None:
 def test_scales_of_an_8_bit_cache_are_held_against_their_file(made: Made) -> None:
     output = made("qwen2", to="onnx", bits=4)
     random = np.random.default_rng(0)
-    ranges = [random.uniform(1, 2, (2, 2, 64)).astype(np.float32) for _ in "kv"]
-    scales = CacheScales.of_ranges(*ranges, record={})
+    keys, values = (random.uniform(1, 2, (2, 2, 64)).astype(np.float32) for _ in "kv")
+    scales = CacheScales.of_ranges(keys, values, record={})
     write_onnx(QuantizedCheckpoint.open(output.checkpoint), output.path, cache=scales)
     output.record("onnx", output.path / "onnx", ())
     (note,) = result_of(output).notes
