@@ -39,7 +39,7 @@ METHOD = (
     click.Option(
         ["--effort"],
         type=click.Choice(["fast", "default", "high"]),
-        help="Calibrate: fast (GPTQ), default (and make good what earlier layers shifted), high (and train blocks).",
+        help="Calibrate: fast (GPTQ), default (and make good what earlier layers shifted), high (and refine every layer).",
     ),
     click.Option(
         ["--calibration"],

@@ -12,6 +12,12 @@ from r1q.commands.options import GRID, METHOD, MODEL, OUTPUT
 RUN = (
     OUTPUT,
     click.Option(
+        ["--fit"],
+        metavar="SIZE|DEVICE",
+        help="The grid of every tensor that loses least in a file of this size (1.2GB) or on this device (phone-4g).",
+    ),
+    click.Option(["--bpw"], type=float, metavar="N", help="The same for this many bits a weight, such as 4.5."),
+    click.Option(
         ["--dry-run"], is_flag=True, help="Print the plan (sizes, grids, fallbacks) and stop before reading weights."
     ),
     click.Option(
@@ -25,7 +31,15 @@ RUN = (
 
 
 @click.command(params=[MODEL, *GRID, *METHOD, *RUN])
-def quantize(formats: str, dry_run: bool, log_json: Path | None, quiet: bool, **options: Any) -> None:
+def quantize(
+    formats: str,
+    dry_run: bool,
+    log_json: Path | None,
+    quiet: bool,
+    fit: str | None,
+    bpw: float | None,
+    **options: Any,
+) -> None:
     """Quantize MODEL into a file that runs here.
 
     MODEL is a Hugging Face checkpoint folder (safetensors) of a Llama, Qwen2 or Qwen3 model (DeepSeek-R1's distills and their like),
@@ -39,6 +53,7 @@ def quantize(formats: str, dry_run: bool, log_json: Path | None, quiet: bool, **
       r1q quantize ./DeepSeek-R1-Distill-Qwen-1.5B --bits 4 --effort default
       r1q quantize ./model --scheme q4_0 --effort fast --calibration my.txt --samples 32
       r1q quantize ./model --scheme bf16 -o reference
+      r1q quantize ./DeepSeek-R1-Distill-Qwen-7B --fit phone-8g --effort default
       r1q quantize deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --bits 4 --to gguf,gptq
 
     A recipe file is TOML: base = "q4_k_m" and [[rules]] of tensors = "*.ffn_down.weight", grid = "q6_k".
@@ -53,6 +68,10 @@ def quantize(formats: str, dry_run: bool, log_json: Path | None, quiet: bool, **
 
     return_freed_memory()
     console = make_console(quiet)
+    if fit or bpw is not None:
+        from r1q.commands.fitting import fitted_scheme
+
+        options["scheme"] = fitted_scheme(console, fit, bpw, options, formats)
     job = Job(formats=parse_formats(formats), **options)
     opened = open_job(job, progress=not quiet)
     console.print(opened.choice.reason, highlight=False)
