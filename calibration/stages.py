@@ -12,12 +12,16 @@ the layer adds to the residual stream, the drift of that stream is part of what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from r1q.calibration.expert_stages import Coverage, expert_stages
 from r1q.calibration.moments import add_product, add_second_moment
+from r1q.calibration.stage import Stage as Stage
+from r1q.calibration.stage import Streams as Streams
+from r1q.models import mla, moe
 from r1q.models.block import (
     Weights,
     attention_input,
@@ -27,41 +31,11 @@ from r1q.models.block import (
     mlp_input,
 )
 from r1q.models.config import ModelConfig
+from r1q.models.config_moe import Latent
 from r1q.models.rope import Rotation
 
 Reader = Callable[[Weights, ModelConfig, Tensor], Tensor]
 Inner = Callable[[Weights, Tensor], Tensor]
-
-
-@dataclass(slots=True, kw_only=True)
-class Streams:
-    """Hidden states [windows, length, hidden_size] in float32: `coded` of the model as quantized so far, `exact` of the float one."""
-
-    coded: Tensor
-    exact: Tensor | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens."""
-        return self.coded.shape[0] * self.coded.shape[1]
-
-    def zeros(self, columns: int, rows: int | None = None) -> Tensor:
-        """Return a sum to be filled, [rows, columns] (square without `rows`), float32."""
-        return torch.zeros((columns if rows is None else rows, columns), device=self.coded.device)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """Linear layers that read one input. `moment` [columns, columns]: the sum over `tokens` of xᵀx, columns reversed, lower triangle.
-
-    `drift` is the sum of (x_exact − x)ᵀx, or, if `residual`, already the sum of (what the layer should add)ᵀx [rows, columns].
-    """
-
-    kinds: tuple[str, ...]
-    tokens: int
-    moment: Tensor
-    drift: Tensor | None = None
-    residual: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,7 +44,8 @@ class BlockWalk:
 
     Matrices of both are in `dtype`, in which they are multiplied; norms and biases are float32 and in both. Statistics are summed
     over tiles of `windows` windows, whose number is part of what decides the last bits of the sums. `allocate` gives room for inputs
-    that are kept from a stage's statistics to its results.
+    that are kept from a stage's statistics to its results. `coverage` says which tokens experts are calibrated on; theirs are counted
+    there, and their coded weights leave `coded` when they have run.
     """
 
     config: ModelConfig
@@ -80,18 +55,53 @@ class BlockWalk:
     dtype: torch.dtype
     windows: int
     allocate: Callable[[tuple[int, ...], torch.dtype], Tensor]
+    coverage: Coverage = field(default_factory=Coverage)
 
     def stages(self, streams: Streams) -> Iterator[Stage]:
-        """Yield the block's four stages; when they are through, `streams` holds the hidden states after the block."""
-        yield self._reading(streams, attention_input, ("attn_q", "attn_k", "attn_v"))
-        yield from self._adding(streams, self._mixed, "attn_output", self.config.num_heads * self.config.head_dim)
-        yield self._reading(streams, mlp_input, ("ffn_gate", "ffn_up"))
-        yield from self._adding(streams, self._inner, "ffn_down", self.config.intermediate_size)
+        """Yield the block's stages; when they are through, `streams` holds the hidden states after the block.
 
-    def _reading(self, streams: Streams, read: Reader, kinds: tuple[str, ...]) -> Stage:
-        """Return the statistics of layers that read a norm of the residual stream."""
-        moment = streams.zeros(self.config.hidden_size)
-        drift = None if streams.exact is None else streams.zeros(self.config.hidden_size)
+        Four in a dense block; latent attention has two more, and every expert two.
+        """
+        latent, heads = self.config.latent, self.config.num_heads
+        if latent is None:
+            yield self.reading(streams, attention_input, ("attn_q", "attn_k", "attn_v"), self.config.hidden_size)
+        else:
+            yield from self._latent(streams, latent)
+        mixed = heads * (self.config.head_dim if latent is None else latent.value_dim)
+        yield from self.adding(streams, self._mixed, "attn_output", mixed)
+        if moe.ROUTER in self.coded:
+            yield from expert_stages(self, streams)
+        else:
+            yield self.reading(streams, mlp_input, ("ffn_gate", "ffn_up"), self.config.hidden_size)
+            yield from self.adding(streams, self._inner, "ffn_down", self.config.intermediate_size)
+
+    def _latent(self, streams: Streams, latent: Latent) -> Iterator[Stage]:
+        """Yield the stages of layers that make queries, keys and values of latent attention.
+
+        attn_k_b reads another input for every head (the queries that it is multiplied with), which no sum over all of them stands for.
+        """
+        made = "attn_q" if latent.query_rank is None else "attn_q_a"
+        yield self.reading(streams, attention_input, (made, "attn_kv_a_mqa"), self.config.hidden_size)
+        if latent.query_rank is not None:
+            yield self.reading(streams, self._query_latent, ("attn_q_b",), latent.query_rank)
+        yield self.reading(streams, self._key_latent, ("attn_v_b",), latent.rank)
+        nothing = streams.zeros(0)
+        note = "attn_k_b: has another input for every head, rounded without statistics"
+        yield Stage(kinds=("attn_k_b",), tokens=streams.tokens, moment=nothing, plain=True, note=note)
+
+    def _query_latent(self, weights: Weights, config: ModelConfig, hidden: Tensor) -> Tensor:
+        return mla.query_latent(weights, config, attention_input(weights, config, hidden))
+
+    def _key_latent(self, weights: Weights, config: ModelConfig, hidden: Tensor) -> Tensor:
+        if config.latent is None:
+            raise ValueError("attention is not latent")
+        shared = linear(weights, "attn_kv_a_mqa", attention_input(weights, config, hidden))
+        return mla.latent_of(weights, config, config.latent, shared)
+
+    def reading(self, streams: Streams, read: Reader, kinds: tuple[str, ...], columns: int) -> Stage:
+        """Return the statistics of layers that read what `read` makes of the residual stream: [..., columns]."""
+        moment = streams.zeros(columns)
+        drift = None if streams.exact is None else streams.zeros(columns)
         for coded, exact in self._tiles(streams):
             inputs = read(self.coded, self.config, coded)
             add_second_moment(moment, inputs.flatten(0, 1), self.dtype)
@@ -102,7 +112,7 @@ class BlockWalk:
             del inputs  # before the next tile's are made beside them
         return Stage(kinds=kinds, tokens=streams.tokens, moment=moment, drift=drift)
 
-    def _adding(self, streams: Streams, inner: Inner, kind: str, columns: int) -> Iterator[Stage]:
+    def adding(self, streams: Streams, inner: Inner, kind: str, columns: int) -> Iterator[Stage]:
         """Yield the statistics of a layer that adds to the residual stream, and add what it makes, coded, afterwards."""
         moment = streams.zeros(columns)
         drift = None if streams.exact is None else streams.zeros(columns, self.config.hidden_size)

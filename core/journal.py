@@ -19,7 +19,8 @@ _NAMED = 3
 class FinishedFile:
     """One finished block file: its name, sha256, what it holds, and the events on the way.
 
-    `state` is the sha256 of the hidden states that a calibrated run goes on from, empty in others.
+    `state` is the sha256 of the hidden states that a calibrated run goes on from, empty in others; `coverage` how many calibration
+    tokens each expert of the block was sent, empty without experts.
     """
 
     file: str
@@ -27,6 +28,7 @@ class FinishedFile:
     records: tuple[TensorRecord, ...]
     events: tuple[str, ...] = ()
     state: str = ""
+    coverage: tuple[int, ...] = ()
 
 
 def open_job(folder: Path, job: Mapping[str, object]) -> None:
@@ -82,6 +84,7 @@ def append(folder: Path, entry: FinishedFile) -> None:
         "tensors": [record.to_dict() for record in entry.records],
         "events": list(entry.events),
         "state": entry.state,
+        **({"coverage": list(entry.coverage)} if entry.coverage else {}),
     }
     path = folder / JOURNAL
     try:
@@ -105,6 +108,7 @@ def _parse(line: bytes) -> FinishedFile | None:
             records=records,
             events=tuple(map(str, value.get("events", ()))),
             state=str(value.get("state", "")),
+            coverage=tuple(map(int, value.get("coverage", ()))),
         )
         return entry if is_bare_name(entry.file) else None
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -18,16 +18,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from r1q.calibration.expert_stages import Coverage
 from r1q.calibration.stages import BlockWalk, Stage, Streams
 from r1q.core import journal
 from r1q.core.checkpoint import QuantizedCheckpoint, TensorRecord
 from r1q.core.errors import InputError, MissingError
 from r1q.core.files import TEMP_PREFIX, sha256_file, writing
 from r1q.core.journal import FinishedFile
+from r1q.core.mixtures import ROUTERS
 from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor
 from r1q.core.safetensors_file import SafetensorsFile, write_safetensors
-from r1q.models.block import rms_norm
+from r1q.core.scheme import Scheme
+from r1q.core.tensors import TensorSpec
+from r1q.models.block import Weights, rms_norm
+from r1q.models.block_weights import BlockWeights
 from r1q.models.config import ModelConfig
 from r1q.models.forward import RowReader, embed
 from r1q.models.rope import Rotation, rotation
@@ -48,6 +53,8 @@ from r1q.quantize.run import (
 from r1q.quantize.source import FloatSource
 
 Tokens = NDArray[np.int64]
+# Grids that look at no statistics: nothing is lost where there are none.
+_EIGHT_BITS = tuple(Scheme(grid=grid) for grid in ("q8_0", "f32", "f16", "bf16"))
 
 
 class ModelReader(FloatSource, RowReader, Protocol):
@@ -82,7 +89,8 @@ def computing(engine: Engine) -> Iterator[None]:
 class Calibrated:
     """Streams of hidden states over calibration `tokens` [windows, length], at the block that comes next.
 
-    `events` collects what had to be done otherwise than asked, a line each, for the block in work.
+    `events` collects what had to be done otherwise than asked, a line each, for the block in work; `coverage` the tokens that each of
+    its experts was sent.
     """
 
     source: ModelReader
@@ -90,6 +98,7 @@ class Calibrated:
     engine: Engine
     folder: Path
     events: list[str] = field(default_factory=list)
+    coverage: list[int] = field(default_factory=list)
     _streams: Streams | None = None
     _told: int = 0
 
@@ -119,10 +128,11 @@ class Calibrated:
         """Code the matrices of block `layer` into `coded`, by name; an event follows each stage."""
         self.events.clear()
         self._told = 0
-        by_kind = {f"{tensor.spec.kind}.{tensor.spec.part}": tensor for tensor in tensors}
+        by_kind = {tensor.spec.key: tensor for tensor in tensors}
         walk = self._walk(by_kind)
+        self.coverage = walk.coverage.tokens
         for stage in walk.stages(self._at):
-            fit = self._fit(stage, layer)
+            fit = self._fit(stage, layer, [by_kind[f"{kind}.weight"].scheme for kind in stage.kinds])
             yield from self._noted()
             for kind in stage.kinds:
                 planned = by_kind[f"{kind}.weight"]
@@ -183,22 +193,28 @@ class Calibrated:
 
     def _walk(self, by_kind: Mapping[str, PlannedTensor]) -> BlockWalk:
         length = self.tokens.shape[1]
-        vectors = {key: self._vector(t.spec.name) for key, t in by_kind.items() if not t.spec.is_matrix}
-        exact = dict(vectors)
+        specs = {key: planned.spec for key, planned in by_kind.items()}
+        kept = {key: self._kept(spec) for key, spec in specs.items() if not spec.is_matrix or spec.kind in ROUTERS}
+        exact: Weights = kept
         if self.engine.exact_stream:
-            exact |= {key: self._matrix(t) for key, t in by_kind.items() if t.spec.is_matrix}
+            exact = BlockWeights(specs, lambda spec: kept[spec.key] if spec.key in kept else self._matrix(spec))
         return BlockWalk(
             config=self.source.config,
             rotation=self._rotation(length),
             exact=exact,
-            coded=vectors,
+            coded=dict(kept),
+            coverage=Coverage(seen=self.engine.experts, few=self.engine.few),
             dtype=getattr(torch, self.engine.compute),
             windows=max(1, self.engine.tile // length),
             allocate=self._allocate,
         )
 
-    def _fit(self, stage: Stage, layer: int) -> Fit:
+    def _fit(self, stage: Stage, layer: int, schemes: Sequence[Scheme]) -> Fit:
         """Return the factor of a stage's second moments, and an event where it needed more damping or cannot be had."""
+        if stage.note and not all(scheme in _EIGHT_BITS for scheme in schemes):
+            self.events.append(f"blk.{layer}.{stage.note}")
+        if stage.plain:
+            return Fit(stage=stage, factor=None, importance=self._importance(stage, layer))
         importance = (stage.moment.diagonal().flip(0) / stage.tokens).cpu().numpy().astype(np.float32)
         moment = stage.moment.div_(stage.tokens)
         shrink(moment, stage.tokens)
@@ -212,15 +228,31 @@ class Calibrated:
             self.events.append(f"{where}: damping raised from {self.engine.damp:g} to {factor.damp:g}")
         return Fit(stage=stage, factor=factor, importance=importance)
 
+    def _importance(self, stage: Stage, layer: int) -> Floats | None:
+        """Return the importance that a stage without second moments comes with."""
+        if stage.importance is None:
+            return None
+        importance: Floats = stage.importance.cpu().numpy().astype(np.float32)
+        if not np.isfinite(importance).all():
+            where = f"blk.{layer}.{'/'.join(stage.kinds)}"
+            raise InputError(f"{where}: its inputs are not finite on the calibration text; the weights are broken")
+        # Where no token has made anything of these columns, all count alike.
+        return importance if importance.any() else np.ones_like(importance)
+
     def _rotation(self, length: int) -> Rotation:
         return rotation(self.source.config, length, self.engine.device)
 
     def _vector(self, name: str) -> Tensor:
         return torch.from_numpy(np.array(self.source.read_rows(name, 0, 1)).reshape(-1)).to(self.engine.device)
 
-    def _matrix(self, planned: PlannedTensor) -> Tensor:
-        spec = planned.spec
-        values = torch.empty(spec.shape, dtype=getattr(torch, self.engine.compute), device=self.engine.device)
+    def _kept(self, spec: TensorSpec) -> Tensor:
+        """Return a norm, a bias or a router, in float32."""
+        return self._matrix(spec, torch.float32) if spec.is_matrix else self._vector(spec.name)
+
+    def _matrix(self, spec: TensorSpec, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a matrix, in the engine's dtype unless another is given."""
+        dtype = dtype or getattr(torch, self.engine.compute)
+        values = torch.empty(spec.shape, dtype=dtype, device=self.engine.device)
         step = max(1, SLAB_WEIGHTS // spec.columns)
         for start in range(0, spec.rows, step):
             stop = min(start + step, spec.rows)
@@ -285,7 +317,14 @@ def _write_file(
     yield from write_block(folder / file, tensors, store, done)
     state = "" if layer is None else run.save(layer + 1)
     events = () if layer is None else tuple(run.events)
-    entry = FinishedFile(file=file, sha256=sha256_file(folder / file), records=tuple(done), events=events, state=state)
+    entry = FinishedFile(
+        file=file,
+        sha256=sha256_file(folder / file),
+        records=tuple(done),
+        events=events,
+        state=state,
+        coverage=() if layer is None else tuple(run.coverage),
+    )
     journal.append(folder, entry)
     finished[file] = entry
     if layer is not None:

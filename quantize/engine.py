@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
+Seen = Literal["routed", "all", "hybrid"]
+SEEN: tuple[Seen, ...] = ("routed", "all", "hybrid")
 Effort = Literal["fast", "default", "high"]
 EFFORTS: tuple[Effort, ...] = ("fast", "default", "high")
 _FREE = "spill"
@@ -22,8 +24,9 @@ class Engine:
     the float model running beside; `high` refines longer. `passes`: how often a coded matrix is refined as a whole. `damp`: share of
     the mean diagonal added to second moments. `pull`: share of the least-squares shift that is taken (all of it overfits the
     calibration text). `compute`: dtype of matrix products. `tile`: tokens summed at once. `slab`: weights of a matrix coded at once.
-    `threads` and `isa`: cores and instruction set. All of these decide last bits. `spill`: whether hidden states lie in files
-    instead of memory, which decides none.
+    `threads` and `isa`: cores and instruction set. `experts`: which tokens routed experts are calibrated on (their own, all, or their
+    own filled up), and `few`: how many an expert must have seen to be coded by second moments. All of these decide last bits. `spill`:
+    whether hidden states lie in files instead of memory, which decides none.
     """
 
     effort: Effort
@@ -36,6 +39,8 @@ class Engine:
     tile: int = 2048
     passes: int = 0
     slab: int = 1 << 24
+    experts: Seen = "routed"
+    few: int = 128
     spill: bool = False
 
     @property
@@ -50,7 +55,7 @@ class Engine:
     @classmethod
     def from_dict(cls, value: Mapping[str, object]) -> Engine:
         """Read an engine back. Raises `TypeError` or `ValueError` for what is not one."""
-        types = {"threads": int, "damp": float, "pull": float, "tile": int, "passes": int, "slab": int}
+        types = {"threads": int, "damp": float, "pull": float, "tile": int, "passes": int, "slab": int, "few": int}
         names = [field.name for field in fields(cls) if field.name != _FREE]
         if set(value) != set(names) or not all(isinstance(value[name], types.get(name, str)) for name in names):
             raise ValueError("not the engine of a calibrated run")

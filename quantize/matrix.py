@@ -29,11 +29,11 @@ STORED_WEIGHTS = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """What a matrix is fitted to: its stage, the stage's factor (None: not to be had), importance [columns]."""
+    """What a matrix is fitted to: its stage, the stage's factor (None: not to be had), importance [columns] (None: all alike)."""
 
     stage: Stage
     factor: Factor | None
-    importance: Floats
+    importance: Floats | None
 
 
 def code_matrix(source: FloatSource, planned: PlannedTensor, fit: Fit, engine: Engine) -> tuple[Slab, Tensor]:

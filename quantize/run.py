@@ -248,8 +248,10 @@ def _write_manifest(
     ]
     events += [f"{tensor.spec.name}: no importance given, plain search" for tensor in request.unweighted()]
     events += [event for entry in finished for event in entry.events]
+    coverage = {entry.file: list(entry.coverage) for entry in finished if entry.coverage}
     manifest: dict[str, object] = {
         **job,
+        **({"expert_tokens": coverage} if coverage else {}),
         "events": events,
         "files": {
             **{entry.file: entry.sha256 for entry in finished},
