@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from r1q.benchmarks import quality
+from r1q.benchmarks.course import Event
 from r1q.benchmarks.result import BenchResult
-from r1q.benchmarks.run import TEXT, Event, bench
+from r1q.benchmarks.run import TEXT, bench
 from r1q.cli import main
 from r1q.core.errors import InputError, UsageError
 from r1q.runtimes.table import RUNTIMES
