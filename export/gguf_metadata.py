@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from r1q.core.mixtures import FILE_TYPES
 from r1q.core.scheme import Scheme
 from r1q.core.tensors import TensorSpec
-from r1q.export.gguf_moe import moe_entries
+from r1q.export.gguf_moe import moe_entries, yarn_entries
 
 if TYPE_CHECKING:
     from r1q.models.config import ModelConfig
@@ -114,6 +114,7 @@ def architecture_entries(config: ModelConfig) -> Iterator[Entry]:
     yield from (Entry(f"{arch}.{key}", value, kind) for key, value, kind in moe_entries(config))
     if config.latent is not None:
         return
+    yield from (Entry(f"{arch}.{key}", value, kind) for key, value, kind in yarn_entries(config))
     # llama.cpp takes hidden/heads where these are absent; written whenever the config states its own, as the converter does.
     if config.raw.get("head_dim") is not None or config.head_dim * config.num_heads != config.hidden_size:
         yield Entry(f"{arch}.attention.key_length", config.head_dim, "u32")

@@ -17,7 +17,6 @@ from r1q.core.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from r1q.models.config import ModelConfig
-    from r1q.models.config_moe import Yarn
 
 _GATING = {"softmax": 1, "sigmoid": 2}
 _YARN_LOG = 0.1  # llama.cpp multiplies by it in the file and divides by it when reading
@@ -69,6 +68,8 @@ def refuse_otherwise(config: ModelConfig, where: str) -> None:
 
 def _differences(config: ModelConfig) -> Iterator[tuple[bool, str]]:
     experts, yarn, sparse = config.experts, config.yarn, [*map(config.is_sparse, range(config.num_layers))]
+    if config.latent is None and yarn is not None:
+        yield bool(yarn.mscale or yarn.mscale_all_dim), "knows yarn without mscale in this architecture"
     if experts is None:
         return
     yield not any(sparse), "needs at least one block with experts in this architecture"
@@ -109,14 +110,18 @@ def moe_entries(config: ModelConfig) -> Iterator[tuple[str, object, str]]:
     yield "attention.key_length_mla", latent.key_dim + latent.rope_dim, "u32"
     yield "attention.value_length_mla", latent.value_dim, "u32"
     yield "rope.dimension_count", latent.rope_dim, "u32"
-    if config.yarn is not None:
-        yield from _yarn_entries(config.yarn)
+    yield from yarn_entries(config)
 
 
-def _yarn_entries(yarn: Yarn) -> Iterator[tuple[str, object, str]]:
+def yarn_entries(config: ModelConfig) -> Iterator[tuple[str, object, str]]:
+    """Yield the keys of YaRN, without the architecture's name; the 0.1 · ln factor of cosines and sines llama.cpp adds itself."""
+    yarn = config.yarn
+    if yarn is None:
+        return
     yield "rope.scaling.type", "yarn", "str"
     yield "rope.scaling.factor", yarn.factor, "f32"
     yield "rope.scaling.original_context_length", yarn.original_max_position_embeddings, "u32"
     yield "rope.scaling.yarn_beta_fast", yarn.beta_fast, "f32"
     yield "rope.scaling.yarn_beta_slow", yarn.beta_slow, "f32"
-    yield "rope.scaling.yarn_log_multiplier", _YARN_LOG * (yarn.mscale_all_dim or 0.0), "f32"
+    if config.latent is not None:
+        yield "rope.scaling.yarn_log_multiplier", _YARN_LOG * (yarn.mscale_all_dim or 0.0), "f32"

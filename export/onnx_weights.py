@@ -12,7 +12,7 @@ from r1q.core.cache_scales import CacheScales
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.tensors import TensorSpec
 from r1q.export.onnx_data import Blocks, DataFile, add_blocks, add_floats, common_form
-from r1q.export.rope import frequency_factors
+from r1q.export.rope import frequencies
 from r1q.models.config import ModelConfig
 
 Matrix = Blocks | str  # block-quantized, or the name of a float32 tensor [rows, columns]
@@ -125,17 +125,13 @@ def _place_ends(
 
 def _place_rotary(data: DataFile, config: ModelConfig, context: int) -> tuple[str, str]:
     """Place cosines and sines of every position, computed in float64 and stored in float32."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    factors = frequency_factors(config)
-    if factors is not None:
-        frequencies = frequencies / factors
+    turns, scale = frequencies(config), 1.0 if config.yarn is None else config.yarn.turn_scale
     step = 4096
 
     def pieces(function: np.ufunc) -> Iterator[NDArray[np.generic]]:
         for start in range(0, context, step):
             positions = np.arange(start, min(start + step, context), dtype=np.float64)
-            yield function(positions[:, None] * frequencies[None, :]).astype(np.float32)
+            yield (scale * function(positions[:, None] * turns[None, :])).astype(np.float32)
 
     shape = (context, config.head_dim // 2)
     return (

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from r1q.core.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from r1q.models.config import ModelConfig
+    from r1q.models.config import Llama3Scaling, ModelConfig
+    from r1q.models.config_moe import Yarn
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -43,12 +44,34 @@ def frequency_factors(config: ModelConfig) -> NDArray[np.float32] | None:
     With λ = 2π/frequency, L the original context, l and h the low and high frequency factors: 1 where λ < L/h, `factor` where
     λ > L/l, and between 1 / ((1 − s)/factor + s) with s = (L/λ − l) / (h − l).
     """
-    scaling = config.rope_scaling
-    if scaling is None:
-        return None
+    return None if config.rope_scaling is None else _llama3_factors(config, config.rope_scaling).astype(np.float32)
+
+
+def frequencies(config: ModelConfig) -> NDArray[np.float64]:
+    """Return by how many radians each of the head_dim/2 pairs turns from one position to the next, stretched as the config says."""
+    plain = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    if config.rope_scaling is not None:
+        return np.asarray(plain / _llama3_factors(config, config.rope_scaling))
+    return plain if config.yarn is None else _yarn_frequencies(config, config.yarn, plain)
+
+
+def _llama3_factors(config: ModelConfig, scaling: Llama3Scaling) -> NDArray[np.float64]:
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     wavelengths = 2 * np.pi * config.rope_theta**exponents
     turns = scaling.original_max_position_embeddings / wavelengths
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return np.asarray(1.0 / ((1.0 - blend) / scaling.factor + blend), dtype=np.float32)
+    return np.asarray(1.0 / ((1.0 - blend) / scaling.factor + blend))
+
+
+def _yarn_frequencies(config: ModelConfig, yarn: Yarn, plain: NDArray[np.float64]) -> NDArray[np.float64]:
+    """YaRN (Peng 2023, eq. 23): kept above `beta_fast` turns in the original context, divided below `beta_slow`, a ramp between."""
+
+    def pair_of(turns: float) -> float:
+        turned = yarn.original_max_position_embeddings / (2 * np.pi * turns)
+        return float(config.head_dim / 2 * np.log(turned) / np.log(config.rope_theta))
+
+    low = max(np.floor(pair_of(yarn.beta_fast)), 0)
+    high = min(np.ceil(pair_of(yarn.beta_slow)), config.head_dim - 1)
+    ramp = np.clip((np.arange(len(plain)) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
+    return np.asarray(plain / yarn.factor * ramp + plain * (1 - ramp))

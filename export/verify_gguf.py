@@ -101,6 +101,7 @@ def _metadata_defects(file: GgufFile, config: ModelConfig) -> Iterator[Defect]:
         **wanted,
         **dict.fromkeys(optional, config.head_dim),
         **_moe_numbers(config.raw, config),
+        **_yarn_numbers(config.raw, config),
     }.items():
         stated = file.metadata.get(f"{config.architecture}.{key}", optional.get(key))
         if not isinstance(stated, int | float) or not math.isclose(stated, value, rel_tol=_ROUNDING):
@@ -131,12 +132,18 @@ def _moe_numbers(raw: Mapping[str, Any], config: ModelConfig) -> Mapping[str, fl
             "expert_shared_count": raw.get("n_shared_experts"),
             "expert_weights_scale": raw.get("routed_scaling_factor"),
             "expert_gating_func": 2 if config.family == "deepseek_v3" else 1,
-            "rope.scaling.factor": rope.get("factor"),
-            "rope.scaling.original_context_length": rope.get("original_max_position_embeddings"),
             "rope.scaling.yarn_log_multiplier": all_dim and 0.1 * all_dim,
             "expert_group_count": raw.get("n_group") if config.family == "deepseek_v3" else None,
         }
     return {key: value for key, value in stated.items() if value is not None}
+
+
+def _yarn_numbers(raw: Mapping[str, Any], config: ModelConfig) -> Mapping[str, float]:
+    if config.yarn is None:
+        return {}
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    length = rope.get("original_max_position_embeddings")
+    return {"rope.scaling.factor": rope.get("factor"), "rope.scaling.original_context_length": length}
 
 
 def _name_defects(file: GgufFile, names: Mapping[str, str], config: ModelConfig) -> Iterator[Defect]:

@@ -27,7 +27,7 @@ from r1q.core.tensors import TensorSpec
 from r1q.export.verified import Defect, Verified
 from r1q.export.verify_onnx_graph import follow
 from r1q.export.verify_onnx_values import LOGITS, Bound, Key, Logits, Matrix, Reading, stated
-from r1q.export.verify_rope import frequency
+from r1q.export.verify_rope import frequency, turn_scale
 
 if TYPE_CHECKING:
     from r1q.models.config import ModelConfig
@@ -272,12 +272,12 @@ class _Comparison:
         if isinstance(context, int) and context > table.shape[0]:
             return Defect(where=name, what=f"ends at {table.shape[0]} of {context} positions", difference=math.inf)
         turns = np.array([frequency(self.config, index) for index in range(pairs)], dtype=np.float64)
-        wrong, largest = 0, 0.0
+        scale, wrong, largest = turn_scale(self.config), 0, 0.0
         for start in range(0, table.shape[0], 4096):
             have = self.folder.read_rows(table, start, min(start + 4096, table.shape[0])).astype(np.float64)
             angles = np.arange(start, start + len(have))[:, None] * turns
-            far = np.abs(have - function(angles))
-            wrong += int((~(far <= _ROUNDING * (1 + angles))).sum())
+            far = np.abs(have - scale * function(angles))
+            wrong += int((~(far <= scale * _ROUNDING * (1 + angles))).sum())
             largest = max(largest, float(far.max(initial=0.0)))
         return Defect.of_counts(name, {"value": wrong}, largest)
 

@@ -259,10 +259,10 @@ def _rope(keys: Keys, family: Family) -> tuple[float, Llama3Scaling | None, Yarn
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None, None
-    if kind == "yarn" and family.latent:
+    if kind == "yarn":
         return theta, None, read_yarn(rope)
     if kind != "llama3" or family.latent:
-        raise InputError(f"{rope.where}: the rope type {kind!r} is not supported; r1q knows default and llama3")
+        raise InputError(f"{rope.where}: the rope type {kind!r} is not supported; r1q knows default, llama3 and yarn")
     scaling = Llama3Scaling(
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),

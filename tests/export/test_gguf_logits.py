@@ -43,6 +43,7 @@ def divergence(reference: NDArray[np.float32], found: NDArray[np.float32]) -> fl
     return float(np.mean((np.exp(p) * (p - q)).sum(1)))
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
     "llama-tied": {"family": "llama", "tied": True},
@@ -50,6 +51,8 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-llama3-rope": {"family": "llama", "llama3_scaling": True},
     "llama-biases": {"family": "llama", "config": {"attention_bias": True, "mlp_bias": True}},
     "llama-transformers4-config": {"family": "llama", "old_config": True, "llama3_scaling": True},
+    "qwen3-yarn": {"family": "qwen3", "config": {"rope_parameters": YARN}},
+    "llama-yarn": {"family": "llama", "config": {"rope_parameters": YARN}},
     "qwen2": {"family": "qwen2"},
     "qwen2-tied": {"family": "qwen2", "tied": True},
     "qwen3": {"family": "qwen3"},

@@ -55,12 +55,14 @@ def run(graph: Path, past: int = 0, cache: Mapping[str, np.ndarray] | None = Non
     return dict(zip(names, session.run(names, feed), strict=True))
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8}
 MODELS: dict[str, dict[str, object]] = {
     "llama": {"family": "llama"},
     "llama tied, long rope": {"family": "llama", "tied": True, "llama3_scaling": True},
     "llama with every bias": {"family": "llama", "config": {"attention_bias": True, "mlp_bias": True}},
     "qwen2": {"family": "qwen2"},
     "qwen3 tied": {"family": "qwen3", "tied": True},
+    "qwen3 with yarn": {"family": "qwen3", "config": {"rope_parameters": YARN}},
 }
 
 

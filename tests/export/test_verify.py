@@ -22,6 +22,9 @@ from r1q.export.verify import verify_path
 Made = Callable[..., OutputFolder]
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
 def file_of(output: OutputFolder, format_name: str = "gguf") -> Path:
     return output.path / output.artifacts()[format_name].name
 
@@ -59,6 +62,7 @@ def flip(path: Path, tensor: str, byte: int, bit: int = 0) -> tuple[NDArray[np.f
     ("family", "options", "scheme"),
     [
         ("llama", {"llama3_scaling": True}, "q4_k_m"),
+        ("qwen3", {"config": {"rope_parameters": YARN}}, "q8_0"),
         ("llama", {"tied": True, "config": {"attention_bias": True}}, "q2_k"),
         ("llama", {}, "iq4_xs"),
         ("qwen2", {}, "q3_k_m"),

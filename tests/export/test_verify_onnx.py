@@ -34,6 +34,9 @@ def result_of(output: OutputFolder) -> Verified:
     return next(result for result in others if result.format == "onnx")
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -47,6 +50,7 @@ def result_of(output: OutputFolder) -> Verified:
             {"scheme": "f32", "model": {"llama3_scaling": True, "config": {"attention_bias": True, "mlp_bias": True}}},
         ),
         ("qwen3", {"scheme": "bf16", "model": {"tied": True}}),
+        ("qwen3", {"bits": 4, "group_size": 32, "model": {"config": {"rope_parameters": YARN}}}),
     ],
     ids=lambda value: (
         value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items() if k != "model")

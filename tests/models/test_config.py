@@ -183,11 +183,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_theta": ..., "rope_parameters": {"partial_rotary_factor": 0.5}},
         "partial_rotary_factor = 0.5",
     ),
-    "yarn": (
-        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-        "the rope type 'yarn' is not supported; r1q knows default",
+    "yarn of unknown length": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
+    "yarn with its own factor of attention": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 2.0}},
+        "attention_factor = 2.0 is not supported with yarn",
     ),
-    "linear": ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "the rope type 'linear' is not supported"),
+    "linear": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        "the rope type 'linear' is not supported; r1q knows default, llama3 and yarn",
+    ),
     "two bases": (
         {"rope_parameters": {"rope_theta": 5.0}},
         "rope_theta = 10000 contradicts rope_parameters, which says 5",

@@ -33,6 +33,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("llama", {"tied": True, "shards": 2}),
     "llama one kv head, own head_dim": ("llama", {"num_kv_heads": 1, "head_dim": 24}),
     "llama attention and mlp bias": ("llama", {"config": {"attention_bias": True, "mlp_bias": True}}),
+    "yarn": (
+        "qwen3",
+        {
+            "config": {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e6,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                }
+            }
+        },
+    ),
     "llama3 scaling": ("llama", {"llama3_scaling": True}),
     "llama3 scaling, old config": ("llama", {"llama3_scaling": True, "old_config": True}),
     "qwen2": ("qwen2", {"dtype": "F32"}),
