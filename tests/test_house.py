@@ -13,6 +13,7 @@ ROOMS = (
     "models",
     "calibration",
     "quantize",
+    "distill",
     "export",
     "runtimes",
     "plan",
@@ -21,7 +22,7 @@ ROOMS = (
     "ship",
     "commands",
 )
-TORCH_ALLOWED = ("models/", "calibration/", "quantize/", "runtimes/torch.py")
+TORCH_ALLOWED = ("models/", "calibration/", "quantize/", "distill/", "runtimes/torch.py")
 FOUND = (path for room in (*ROOMS, "tests") for path in sorted((ROOT / room).rglob("*.py")))
 SOURCES = [ROOT / "cli.py", *(path for path in FOUND if not {"peers", "studies", "__pycache__"} & set(path.parts))]
 
