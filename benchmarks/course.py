@@ -11,6 +11,8 @@ from typing import Any
 from r1q.benchmarks.bandwidth import Bandwidth
 from r1q.benchmarks.machine import Machine, versions
 from r1q.benchmarks.profiles import Profile, predict
+from r1q.benchmarks.reasoner import ReasoningPlan
+from r1q.benchmarks.reasoning import Reasoning
 from r1q.benchmarks.result import BenchResult, Failure, Quality, Speed
 from r1q.benchmarks.subjects import Subject
 from r1q.benchmarks.targets import Target
@@ -53,6 +55,7 @@ class Plan:
     noise_floor: bool | None
     estimates: tuple[Profile, ...]
     command: tuple[str, ...]
+    reasoning: ReasoningPlan | None = None
 
     def __post_init__(self) -> None:
         for name in ("windows", "repetitions", "prompt", "prefill", "generate"):
@@ -77,6 +80,7 @@ class Course:
     opened: dict[str, Any] = field(default_factory=dict)
     speed: Speed | None = None
     quality: Quality | None = None
+    reasoning: Reasoning | None = None
     ceiling: str | None = None
     failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -158,6 +162,7 @@ class Course:
             time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             speed=self.speed,
             quality=self.quality,
+            reasoning=self.reasoning,
             failures=tuple(self.failures),
             notes=tuple(self.notes),
             context=opened.get("context"),

@@ -145,6 +145,11 @@ class Reasoning:
             against=self._against(problem, asked),
         )
 
+    def summary(self) -> dict[str, Any]:
+        """Return the outcome as plain JSON values."""
+        found = dataclasses.asdict(self.outcome())
+        return {**found, "kinds": {kind: list(counts) for kind, counts in found["kinds"].items()}}
+
     def compared(self, name: str, reference: Answers) -> Reasoning:
         """Return this result with the columns of the float artifact `name` beside it; answers that it lacks are left out."""
         theirs = {pair: i for i, pair in enumerate(zip(reference.problem, reference.seed, strict=True))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,9 +28,10 @@ class Row:
     outcome: Outcome
 
 
-def rows_of(found: Sequence[tuple[str, str, Reasoning]]) -> list[Row]:
-    """Return the rows of (label, grid, reasoning); intervals are computed here, once."""
-    return [Row(label, grid, reasoning, reasoning.outcome()) for label, grid, reasoning in found]
+@functools.lru_cache(maxsize=256)
+def row_of(label: str, grid: str, reasoning: Reasoning) -> Row:
+    """Return the row of an artifact's answers; its intervals are computed once."""
+    return Row(label, grid, reasoning, reasoning.outcome())
 
 
 def reasoning_report(rows: Sequence[Row], width: int) -> RenderableType:
@@ -119,9 +121,7 @@ def _tokens(row: Row) -> str:
     return ABSENT if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-COLUMNS: tuple[Column, ...] = (
-    ("model", lambda row: row.label),
-    ("grid", lambda row: row.grid),
+NUMBERS: tuple[Column, ...] = (
     ("right\n% [95 %]", lambda row: span(row.outcome.accuracy, 100)),
     ("flips\nlost, won", _flips),
     ("p", _p),
@@ -134,3 +134,4 @@ COLUMNS: tuple[Column, ...] = (
     ("time per\nright one", _seconds),
     ("tokens per\nright one", _tokens),
 )
+COLUMNS: tuple[Column, ...] = (("model", lambda row: row.label), ("grid", lambda row: row.grid), *NUMBERS)

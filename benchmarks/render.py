@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from r1q.benchmarks.reasoning_table import NUMBERS, Row, reasoning_report, row_of
 from r1q.benchmarks.result import BenchResult, Quality, Samples, Speed
 from r1q.core.metrics import Estimate, Fidelity
 
@@ -42,14 +43,23 @@ def report(results: Sequence[BenchResult], console: Console) -> RenderableType:
         parts = [part for group in groups for part in _split(keys, group, results, console)]
         tables = [_table([*keys, *part], results, None if number else title) for number, part in enumerate(parts)]
     spaced = [part for table in tables for part in (table, Text())]
-    return Group(*spaced, *_legend(results), *_remarks(results))
+    thought = [row_of(label[id(r)], r.grid, r.reasoning) for r in results if r.reasoning is not None]
+    reasoning = [Text(), reasoning_report(thought, console.width)] if thought else []
+    return Group(*spaced, *_legend(results), *reasoning, *_remarks(results))
 
 
 def columns(results: Sequence[BenchResult]) -> list[Column]:
     """Return every column that these results fill, the names first: what one wide table has."""
     label = _labels(results)
     model = Column("model", lambda result: label[id(result)], left=True)
-    return [model, GRID, RUNTIME, *WHAT, *_speed(results), *_fidelity(results)]
+    return [model, GRID, RUNTIME, *WHAT, *_speed(results), *_fidelity(results), *_reasoning(results)]
+
+
+def _reasoning(results: Sequence[BenchResult]) -> list[Column]:
+    def column(heading: str, number: Callable[[Row], str]) -> Column:
+        return Column(heading, lambda r: ABSENT if r.reasoning is None else number(row_of(r.name, r.grid, r.reasoning)))
+
+    return [column(*number) for number in NUMBERS] if any(r.reasoning is not None for r in results) else []
 
 
 def _names(results: Sequence[BenchResult], label: Mapping[int, str]) -> tuple[list[Column], str | None]:

@@ -19,6 +19,7 @@ import numpy as np
 from r1q.benchmarks.bandwidth import Bandwidth
 from r1q.benchmarks.machine import Machine
 from r1q.benchmarks.profiles import Prediction
+from r1q.benchmarks.reasoning import Reasoning
 from r1q.benchmarks.traffic import Traffic, utilization
 from r1q.core.errors import InputError
 from r1q.core.metrics import Estimate, Fidelity, TokenScores, sample_deviation, summarize
@@ -178,7 +179,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchResult:
-    """One artifact in one runtime, measured. `speed` and `quality` are None where nothing came of them, and `failures` says why.
+    """One artifact in one runtime, measured. `speed`, `quality` and `reasoning` are None where nothing came of them; see `failures`.
 
     `traffic` and `bandwidth` (bytes/s) tell how much of the memory's bandwidth decoding used; `compute_bytes` a weight where the
     runtime keeps floats whatever the file has. `emulated` says on what, `ceiling` how `memory_ceiling` bytes were held to.
@@ -201,6 +202,7 @@ class BenchResult:
     time: str
     speed: Speed | None = None
     quality: Quality | None = None
+    reasoning: Reasoning | None = None
     failures: tuple[Failure, ...] = ()
     notes: tuple[str, ...] = ()
     context: int | None = None
@@ -236,7 +238,8 @@ class BenchResult:
     def summary(self) -> dict[str, Any]:
         """Return the numbers a table shows: rates in tokens/s, times in seconds, memory in bytes, top-1 as a fraction."""
         speed = {} if self.speed is None else self._speed_summary(self.speed)
-        return speed | ({} if self.quality is None else _quality_summary(self.quality))
+        quality = {} if self.quality is None else _quality_summary(self.quality)
+        return speed | quality | ({} if self.reasoning is None else {"reasoning": self.reasoning.summary()})
 
     def _speed_summary(self, speed: Speed) -> dict[str, Any]:
         return {

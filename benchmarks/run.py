@@ -13,13 +13,14 @@ from pathlib import Path
 from r1q.benchmarks import isolate
 from r1q.benchmarks.bandwidth import Bandwidth, keep, kept, machine_key
 from r1q.benchmarks.choose import Offer, offers, refuse_unknown, require_format, suited
-from r1q.benchmarks.course import Course, Event, Plan
+from r1q.benchmarks.course import Course, Event, Plan, Steps
 from r1q.benchmarks.fidelity import TEXT as TEXT
 from r1q.benchmarks.fidelity import Shelf, measure_quality
 from r1q.benchmarks.gpu import INSTALL, find_gpus
 from r1q.benchmarks.machine import busy, machine
 from r1q.benchmarks.profiles import find_profile
 from r1q.benchmarks.quality import read_text
+from r1q.benchmarks.reasoner import Entrant, Found, Reasoner, ReasoningPlan
 from r1q.benchmarks.result import BenchResult
 from r1q.benchmarks.speed import QUIET, measure_speed
 from r1q.benchmarks.subjects import Subject, find_subjects
@@ -49,6 +50,7 @@ def bench(
     noise_floor: bool | None = None,
     estimates: Sequence[str] = (),
     logits_limit: int = LOGITS_LIMIT,
+    reasoning: ReasoningPlan | None = None,
     command: Sequence[str] = (),
 ) -> Iterator[Event | BenchResult]:
     """Bench artifacts (see `find_subjects`) and yield progress, and each row's result when it is done.
@@ -58,7 +60,8 @@ def bench(
     model's context is shorter. `reference` is a float checkpoint, by default the one that an artifact's folder remembers; `text` a
     file, by default the reference's own evaluation.txt, else the built-in one; at most `windows` windows of it are scored.
     `noise_floor` None: made where it is cheap. `estimates` names profiles to estimate tokens/s for; `ram` is the ceiling of an
-    emulated target. `logits_limit`: bytes of reference logits that may lie in the temporary folder. `command` is kept in the results.
+    emulated target. `logits_limit`: bytes of reference logits that may lie in the temporary folder. `reasoning` says what
+    problems are to be thought about, if any. `command` is kept in the results.
 
     Raises UsageError or InputError for what can be refused before anything is measured, MissingError where nothing can be measured.
     """
@@ -78,6 +81,7 @@ def bench(
         noise_floor=noise_floor,
         estimates=tuple(find_profile(name) for name in estimates),
         command=tuple(command),
+        reasoning=reasoning,
     )
     if text is not None:
         read_text(text)
@@ -93,6 +97,9 @@ def _walk(courses: Sequence[Course]) -> Iterator[Event | BenchResult]:
     with tempfile.TemporaryFile() as logits:
         shelf = Shelf(logits.fileno())
         bandwidth = None
+        entrants = {id(course): _entrant(course) for course in courses}
+        asked = courses[0].plan.reasoning
+        reasoner = None if asked is None else Reasoner(asked, list(entrants.values()))
         for course in courses:
             course.refuse_unfit()
             if not course.failures:
@@ -101,7 +108,40 @@ def _walk(courses: Sequence[Course]) -> Iterator[Event | BenchResult]:
                 course.bandwidth = bandwidth
                 yield from measure_speed(course)
                 yield from measure_quality(course, shelf)
+                if reasoner is not None:
+                    yield from _reason(course, reasoner, entrants[id(course)])
             yield course.result()
+
+
+def _entrant(course: Course) -> Entrant:
+    """Return a course as the reasoner knows it."""
+    subject = course.subject
+    return Entrant(
+        path=subject.path,
+        name=subject.name,
+        grid=subject.grid,
+        weights=subject.weights,
+        runtime=course.runtime,
+        options=course.options(course.context),
+        context=course.context,
+    )
+
+
+def _reason(course: Course, reasoner: Reasoner, entrant: Entrant) -> Steps:
+    """Ask one artifact the problems; the float model that it is compared with is asked first, once."""
+    steps = reasoner.ask(entrant)
+    while True:
+        try:
+            artifact, done, total = next(steps)
+        except StopIteration as end:
+            found: Found = end.value
+            break
+        yield Event(stage="reasoning", artifact=artifact, done=done, total=total)
+    course.reasoning = found.reasoning
+    if found.error is not None:
+        course.fail("reasoning", found.error)
+    for note in found.notes:
+        course.note(note)
 
 
 def _subjects(artifacts: Sequence[Path], runtime: str | None) -> list[Subject]:

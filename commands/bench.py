@@ -11,18 +11,11 @@ _POSITIVE = click.IntRange(min=1)
 _PATH = click.Path(path_type=Path)
 
 
-class _Depths(click.ParamType):
-    """A comma-separated list of depths."""
-
-    name = "N,…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list of numbers such as 0,512,4096", param, ctx)
+def _depths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers such as 0,512,4096") from None
 
 
 def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -48,7 +41,12 @@ HOW_LONG = (
     click.Option(["--prefill"], type=_POSITIVE, default=512, show_default=True, help="Tokens of the prefill rate."),
     click.Option(["--generate"], type=_POSITIVE, default=128, show_default=True, help="Tokens of the decode rate."),
     click.Option(
-        ["--depths"], type=_Depths(), default="0,512", show_default=True, help="Tokens in memory when decoding begins."
+        ["--depths"],
+        callback=_depths,
+        metavar="N,…",
+        default="0,512",
+        show_default=True,
+        help="Tokens in memory when decoding begins.",
     ),
 )
 FIDELITY = (
@@ -60,6 +58,25 @@ FIDELITY = (
         default=None,
         help="Score the reference against itself in 16 bits.  [default: below 10⁹ weights]",
     ),
+)
+REASONING = (
+    click.Option(
+        ["--reasoning", "problems"],
+        is_flag=False,
+        flag_value=200,
+        type=_POSITIVE,
+        metavar="[N]",
+        help="Let models think about N problems, 200 if N is left out (then put it last).",
+    ),
+    click.Option(
+        ["--tasks"],
+        metavar="SPEC",
+        help="builtin, graded, tiny, or FILE.jsonl of prompt, answer, regex.  [default: builtin; tiny for the embedded model]",
+    ),
+    click.Option(["--seeds"], type=_POSITIVE, default=3, show_default=True, help="Answers to each problem."),
+    click.Option(["--max-tokens"], type=_POSITIVE, help="Longest answer in tokens.  [default: 4096; 512 for tiny]"),
+    click.Option(["--sequences"], type=_POSITIVE, default=4, show_default=True, help="Answers side by side."),
+    click.Option(["--tokenizer"], type=_PATH, help="Folder of the model's tokenizer, where none lies with it."),
 )
 SHOWN = (
     click.Option(
@@ -78,7 +95,7 @@ SHOWN = (
 ARTIFACTS = click.Argument(["artifacts"], nargs=-1, type=_PATH)
 
 
-@click.command(params=[ARTIFACTS, *WHERE, *HOW_LONG, *FIDELITY, *SHOWN])
+@click.command(params=[ARTIFACTS, *WHERE, *HOW_LONG, *FIDELITY, *REASONING, *SHOWN])
 def bench(artifacts: tuple[Path, ...], list_targets: bool, ram: str | None, **options: Any) -> None:
     """Measure ARTIFACTS: speed, memory, and what quantization cost against the float model.
 
@@ -92,6 +109,7 @@ def bench(artifacts: tuple[Path, ...], list_targets: bool, ram: str | None, **op
       r1q bench r1q-out/tiny-r1-bf16 r1q-out/tiny-r1-q4_k_m --windows 16
       r1q bench model.gguf --target mobile --ram 3GiB --estimate phone-8g
       r1q bench out --json > new.jsonl
+      r1q bench bf16.gguf q4.gguf --reasoning 50 --tasks graded
       r1q bench out --baseline old.jsonl --fail-on decode=-5%,kld=+20%
     """
     if len(artifacts) == 3 and artifacts[0] == Path("compare") and not artifacts[0].exists():
@@ -120,12 +138,19 @@ def _bench(
     baseline: Path | None,
     fail_on: str | None,
     quiet: bool,
+    problems: int | None,
+    tasks: str | None,
+    seeds: int,
+    max_tokens: int | None,
+    sequences: int,
+    tokenizer: Path | None,
     **options: Any,
 ) -> None:
     import sys
 
     from r1q.benchmarks.formats import read_results
     from r1q.benchmarks.gate import parse_limits
+    from r1q.benchmarks.reasoner import ReasoningPlan
     from r1q.benchmarks.run import bench as measure
     from r1q.benchmarks.show import exit_code, show_bench
     from r1q.commands.compare import show_verdict
@@ -135,10 +160,20 @@ def _bench(
         raise click.UsageError("--fail-on needs a --baseline to compare with")
     before = None if baseline is None else read_results(baseline)
     limits = parse_limits(fail_on) if fail_on else []
+    reasoning = None
+    if problems is not None or tasks is not None:
+        reasoning = ReasoningPlan(
+            count=problems or 200,
+            tasks=tasks,
+            seeds=seeds,
+            max_tokens=max_tokens,
+            sequences=sequences,
+            tokenizer=tokenizer,
+        )
     if not artifacts:
         artifacts = tuple(newest_or_side_by_side())
         click.echo(f"benching {', '.join(map(str, artifacts))}", err=True)
-    events = measure(artifacts, command=("r1q", *sys.argv[1:]), **options)
+    events = measure(artifacts, command=("r1q", *sys.argv[1:]), reasoning=reasoning, **options)
     results = show_bench(events, format_name="jsonl" if as_json else format_name, output=output, quiet=quiet)
     if before is not None:
         show_verdict(before, results, limits, to_stderr=as_json or format_name != "table")

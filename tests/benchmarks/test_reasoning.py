@@ -10,7 +10,7 @@ from rich.console import Console
 
 from r1q.benchmarks.reasoner import Entrant, Found, Reasoner, ReasoningPlan, find_tokenizer
 from r1q.benchmarks.reasoning import Answers, Reasoning
-from r1q.benchmarks.reasoning_table import reasoning_report, rows_of
+from r1q.benchmarks.reasoning_table import reasoning_report, row_of
 from r1q.core.errors import InputError, MissingError, UsageError
 from r1q.models.embedded import EMBEDDED
 from r1q.runtimes.table import RUNTIMES
@@ -100,9 +100,10 @@ def test_records_in_any_order_make_the_same_columns() -> None:
 
 
 def test_the_table_at_two_widths() -> None:
-    rows = rows_of(
-        [("m [red]x", "bf16", reasoning(answers())), ("m", "q2_k", reasoning(answers()).compared("m", answers()))]
-    )
+    rows = [
+        row_of("m [red]x", "bf16", reasoning(answers())),
+        row_of("m", "q2_k", reasoning(answers()).compared("m", answers())),
+    ]
     for width, tables in ((200, 1), (80, 2)):
         console = Console(width=width, record=True, file=io.StringIO())
         console.print(reasoning_report(rows, width))

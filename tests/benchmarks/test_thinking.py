@@ -1,5 +1,6 @@
 """Thinking: what becomes of what a model says, circles, and the embedded model on its own problems."""
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from r1q.benchmarks.formats import to_markdown
+from r1q.benchmarks.result import BenchResult
 from r1q.benchmarks.speaking import luck
 from r1q.benchmarks.tasks import Task, load_tasks
 from r1q.benchmarks.thinking import WAITS, _Pair, _record, end_ids, loops, think
@@ -167,3 +170,20 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
 
 def test_artifacts_share_their_luck() -> None:
     assert luck(TASK.prompt, 0) == luck("12 + 30?", 0) != luck("12 + 30?", 1)
+
+
+@pytest.mark.runtime
+def test_the_bench_asks_and_the_result_comes_back_from_its_line(tiny: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs.jsonl"
+    fast = "--runtime llama-cpp --repetitions 2 --windows 1 --prompt 8 --prefill 16 --generate 4 --depths 0 --no-noise-floor"
+    asked = ["--json", "-o", str(runs), "-q", "--seeds", "2", "--reasoning", "3"]
+    done = CliRunner().invoke(main, ["bench", str(tiny), *fast.split(), *asked], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    line = runs.read_text(encoding="utf-8").splitlines()[0]
+    result = BenchResult.from_json(line)
+    assert result.reasoning is not None
+    assert (result.reasoning.tasks, result.reasoning.seeds, result.reasoning.reference) == ("tiny", 2, None)
+    assert result.reasoning.answers.problem == (0, 0, 1, 1, 2, 2)
+    assert json.loads(line)["summary"]["reasoning"]["accuracy"]["value"] > 0.5
+    assert any("flips and token inflation need its BF16 file" in note for note in result.notes)
+    assert "right % [95 %]" in to_markdown([result])
