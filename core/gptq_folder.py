@@ -149,20 +149,14 @@ class GptqFolder:
         )
 
     def permutation(self, name: str) -> NDArray[np.int32] | None:
-        """Return the order [in] of a layer's inputs in which groups are neighbours (stable in a group), None where they are already.
+        """Return the order [in] of a layer's inputs that makes groups neighbours (stable in a group), None where they are already."""
+        g_idx = self.groups(name)
+        return None if (np.diff(g_idx) >= 0).all() else np.argsort(g_idx, kind="stable").astype(np.int32)
 
-        Raises `InputError` where groups have different sizes: no grid of equal groups holds those.
-        """
-        shape = self.layers[name]
-        g_idx = self._groups(name, shape)
-        if g_idx is None:
-            return None
-        size, left = divmod(shape.inputs, shape.groups)
-        if left or (np.bincount(g_idx, minlength=shape.groups) != size).any():
-            raise InputError(
-                f"{self.path}: {name}.g_idx makes {shape.groups} groups of different sizes of {shape.inputs} inputs"
-            )
-        return np.argsort(g_idx, kind="stable").astype(np.int32)
+    def groups(self, name: str) -> NDArray[np.int32]:
+        """Return the group of each input [in] of a layer; the last group may be shorter, any where inputs are in another order."""
+        shape, g_idx = self.layers[name], self._groups(name, self.layers[name])
+        return np.arange(shape.inputs, dtype=np.int32) // (shape.inputs // shape.groups) if g_idx is None else g_idx
 
     def read_float(self, name: str, start: int = 0, stop: int | None = None) -> Floats:
         """Return rows [start, stop) of a float tensor in float32, exact. Raises `InputError` where they are not finite."""

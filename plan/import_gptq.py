@@ -35,6 +35,7 @@ from r1q.plan.walk import versions
 from r1q.quantize.run import Event, Request, Slab, Store, quantize_checkpoint, stored_slabs
 
 BLOCK = 32
+SMALLEST = 16  # columns of a group: the smallest block that an exporter has a form for
 METHOD = "gptq, imported"
 _GGUF_GRIDS = {4: "q4_0", 8: "q8_0"}
 _FLOAT_GRIDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -126,12 +127,16 @@ def _planned(source: GptqSource, spec: TensorSpec, formats: Sequence[str]) -> Pl
 
 
 def _integers(source: GptqSource, spec: TensorSpec) -> Scheme:
-    """Return the integer grid that a layer is in. Zero points are kept where they may differ from the middle."""
-    shape, settings = source.folder.layers[spec.name.removesuffix(".weight")], source.folder.settings
-    size, left = divmod(shape.inputs, shape.groups)
-    if left:
+    """Return the integer grid that a layer is in. Zero points are kept where they may differ from the middle.
+
+    Groups of different sizes (a row that the group size does not divide) become several equal ones with one scale.
+    """
+    layer, settings = spec.name.removesuffix(".weight"), source.folder.settings
+    shape, sizes = source.folder.layers[layer], np.bincount(source.folder.groups(layer))
+    size = int(np.gcd.reduce(sizes))
+    if size < SMALLEST:
         raise InputError(
-            f"{source.path}: {spec.name} has {shape.groups} groups for {shape.inputs} inputs, the last one shorter"
+            f"{source.path}: {layer}.g_idx makes groups that have no common size of at least {SMALLEST} inputs"
         )
     return Scheme(
         grid=f"int{shape.bits}",
@@ -171,15 +176,20 @@ def _store(source: GptqSource, orders: Orders) -> Store:
             yield from others(planned)
             return
         layer = source.read_layer(name)
-        order = orders.get(name)
+        order, groups = orders.get(name), np.sort(source.folder.groups(name.removesuffix(".weight")))
         codes = layer.codes if order is None else np.ascontiguousarray(layer.codes[:, order])
-        yield Slab(stored=pack(planned.scheme, codes, _params(planned, layer)), squared_error=0.0, squared_weight=0.0)
+        yield Slab(
+            stored=pack(planned.scheme, codes, _params(planned, layer, groups)), squared_error=0.0, squared_weight=0.0
+        )
 
     return store
 
 
-def _params(planned: PlannedTensor, layer: GptqLayer) -> Mapping[str, NDArray[np.generic]]:
-    """Return the params of a layer's codes on the planned grid. Raises `InputError` where that would change a value."""
+def _params(planned: PlannedTensor, layer: GptqLayer, groups: NDArray[np.int32]) -> Mapping[str, NDArray[np.generic]]:
+    """Return the params of a layer's codes on the planned grid; `groups` [in] is the folder's group of each stored column.
+
+    Raises `InputError` where that would change a value.
+    """
     name, scheme = planned.spec.name, planned.scheme
     with np.errstate(over="ignore"):
         scales = layer.scales.astype(np.float16)
@@ -187,7 +197,8 @@ def _params(planned: PlannedTensor, layer: GptqLayer) -> Mapping[str, NDArray[np
         raise InputError(f"{name}: its {layer.scales_dtype} scales are no float16 numbers, which every export stores")
     if scheme.symmetric and not layer.symmetric:
         raise InputError(f"{name}: it has zero points, which {scheme} does not; --to onnx holds them")
+    of_block = groups[:: scheme.group(planned.spec.columns)]
+    scales = scales[:, of_block]
     if scheme.facts.family == "ggml":
-        repeats = planned.spec.columns // BLOCK // scales.shape[1]
-        return {"d": np.repeat(scales, repeats, axis=1)}
-    return {"scales": scales} if scheme.symmetric else {"scales": scales, "zeros": layer.zeros}
+        return {"d": scales}
+    return {"scales": scales} if scheme.symmetric else {"scales": scales, "zeros": layer.zeros[:, of_block]}

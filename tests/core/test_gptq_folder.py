@@ -242,8 +242,18 @@ def test_numbers_out_of_bounds_are_refused_by_name(tmp_path: Path) -> None:
     layer["g_idx"][0] = 1
     uneven = GptqFolder.open(write(tmp_path, pack(layer, 4, 1), sym=True))
     np.testing.assert_array_equal(uneven.read_layer(LAYER).dequantize(), dequantize_slowly(layer))
-    with pytest.raises(InputError, match="g_idx makes 2 groups of different sizes of 64 inputs"):
-        uneven.permutation(LAYER)
+    order = uneven.permutation(LAYER)
+    assert order is not None
+    assert layer["g_idx"][order].tolist() == [0] * 31 + [1] * 33
+
+
+def test_a_shorter_last_group_is_no_permutation(tmp_path: Path) -> None:
+    layer = make_layer(4, 2)
+    layer["g_idx"] = np.arange(64) // 48
+    folder = GptqFolder.open(write(tmp_path, pack(layer, 4, 1), group_size=48))
+    np.testing.assert_array_equal(folder.read_layer(LAYER).dequantize(), dequantize_slowly(layer))
+    assert folder.permutation(LAYER) is None
+    assert folder.groups(LAYER).tolist() == [0] * 48 + [1] * 16
 
 
 def test_what_is_no_gptq_folder_says_so(tmp_path: Path) -> None:

@@ -143,6 +143,29 @@ def test_act_order_is_a_stored_permutation_that_only_onnx_can_take(make_gptq: Ma
         QuantizedCheckpoint.open(checkpoint.path).permutation(f"{LAYER}.weight")
 
 
+@pytest.mark.parametrize(
+    ("group", "formats", "grid"), [(96, ("gguf",), "q4_0"), (96, ("onnx",), "int4 g32"), (48, ("onnx",), "int4 g16")]
+)
+def test_a_group_size_that_does_not_divide_becomes_smaller_groups_of_one_scale(
+    make_gptq: MakeGptq, tmp_path: Path, group: int, formats: tuple[str, ...], grid: str
+) -> None:
+    def regroup(tensors: dict[str, Any], quantization: dict[str, Any]) -> None:
+        quantization["group_size"] = group
+        for name in [name for name in tensors if name.endswith(".g_idx")]:
+            inputs, stem = len(tensors[name]), name.removesuffix("g_idx")
+            tensors[name] = (np.arange(inputs) // group).astype(np.int32)
+            for part in ("scales", "qzeros"):
+                tensors[stem + part] = tensors[stem + part][: -(-inputs // group)]
+
+    folder = make_gptq(regroup, bits=4, group_size=32)
+    checkpoint, source = imported(folder, formats, tmp_path / "out"), GptqSource.open(folder)
+    same_rows(checkpoint, source, {f"{layer}.weight" for layer in source.folder.layers})
+    assert str(checkpoint.scheme(f"{LAYER}.weight")) == grid
+    if group == 48:
+        with pytest.raises(UsageError, match="GGUF has no form for int4 in groups of 16"):
+            imported(folder, ("gguf",), tmp_path / "no")
+
+
 def test_zero_points_go_to_onnx_and_not_to_gguf(make_gptq: MakeGptq, tmp_path: Path) -> None:
     folder = make_gptq(asymmetric, bits=4, group_size=32)
     with pytest.raises(UsageError, match=r"int4 in groups of 32 with zero points; .* --to onnx holds this"):
