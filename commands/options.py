@@ -67,6 +67,13 @@ METHOD = (
         show_default=True,
         help="Share of the mean diagonal added to second moments.",
     ),
+    click.Option(
+        ["--moe-calibration"],
+        type=click.Choice(["routed", "all", "hybrid"]),
+        default="routed",
+        show_default=True,
+        help="Tokens an expert is calibrated on: those sent to it, all, or those sent to it filled up with the next best.",
+    ),
     click.Option(["--device"], default="cpu", show_default=True, help="Where calibration computes: cpu, or cuda."),
     click.Option(
         ["--max-ram"], metavar="SIZE", help="Memory to stay within, such as 6GiB.  [default: what is available]"

@@ -27,12 +27,24 @@ def refuse_unfit(planned: Iterable[PlannedTensor], formats: Iterable[str]) -> No
     """Raise `UsageError` for the first tensor that one of `formats` cannot hold, with what would work."""
     tensors = tuple(planned)
     for name in formats:
+        _refuse_experts(tensors, name)
         if name == "gguf":
             _refuse_for_gguf(tensors)
         elif name == "gptq":
             gptq_scheme(tensors)
         elif name == "onnx":
             _refuse_for_onnx(tensors)
+
+
+def _refuse_experts(tensors: Iterable[PlannedTensor], name: str) -> None:
+    """Raise `UsageError` for a format that r1q cannot write of a model with latent attention or experts."""
+    kinds = {tensor.spec.kind for tensor in tensors}
+    if name == "onnx" and "attn_kv_a_mqa" in kinds:
+        raise UsageError(
+            "this model has latent attention, which has no GroupQueryAttention form in ONNX; --to gguf holds it"
+        )
+    if name in ("onnx", "gptq") and "ffn_gate_inp" in kinds:
+        raise UsageError(f"r1q writes no {name} folder of a model with experts in this version; --to gguf holds it")
 
 
 def _refuse_for_gguf(tensors: Iterable[PlannedTensor]) -> None:

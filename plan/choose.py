@@ -53,11 +53,14 @@ def choose_recipe(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
             raise UsageError("--group-size, --head-bits and --asymmetric go with --bits; a --scheme has its own")
         recipe = Recipe.load(wish.scheme)
         return Choice(recipe=recipe, reason=f"{recipe.name}, as --scheme says")
-    return _integers(wish, tensors) if wish.integers else _preset(wish)
+    return _integers(wish, tensors) if wish.integers else _preset(wish, tensors)
 
 
-def _preset(wish: Wish) -> Choice:
+def _preset(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
     bits = DEFAULT_BITS if wish.bits is None else wish.bits
+    if bits == 4 and any(spec.expert is not None for spec in tensors):
+        reason = f"experts_q4_k: {_asked(wish)} for a model with experts means them in 4 bits and the rest, which thinks, in 8"
+        return Choice(recipe=Recipe.named("experts_q4_k"), reason=reason)
     if bits not in BITS_PRESETS:
         raise UsageError(f"no preset has {bits} bits; --bits takes {', '.join(map(str, BITS_PRESETS))}")
     preset = BITS_PRESETS[bits]

@@ -47,6 +47,7 @@ def choose_engine(job: Job, checkpoint: Path) -> tuple[Engine, bool]:
         device=job.device,
         damp=job.damp,
         passes=_PASSES[effort],
+        experts=job.moe_calibration,
     )
     if begun is None:
         return engine, False

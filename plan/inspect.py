@@ -17,7 +17,7 @@ from r1q.plan.model_facts import read_facts, shown_config
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NAMED = 4
-_TOLD_ELSEWHERE = ("tensors", "files", "schemes", "events", "source")
+_TOLD_ELSEWHERE = ("tensors", "files", "schemes", "events", "source", "expert_tokens")
 
 
 def inspect_path(path: Path) -> Inspection:
@@ -84,9 +84,21 @@ def _inspect_checkpoint(path: Path, folder: Path, beside: tuple[str, ...]) -> In
         metadata=_manifest(checkpoint),
         made_by=tuple(_made_by(checkpoint)),
         fallbacks=tuple(_fallbacks(checkpoint)),
-        notes=tuple(f"{name} is missing: run the same r1q quantize again" for name in sorted(_missing(folder, files))),
+        notes=(
+            *_coverage(checkpoint.manifest.get("expert_tokens")),
+            *(f"{name} is missing: run the same r1q quantize again" for name in sorted(_missing(folder, files))),
+        ),
         beside=beside,
     )
+
+
+def _coverage(counted: object) -> Iterator[str]:
+    """Yield a line on how many calibration tokens the experts of each block were sent."""
+    for file, counts in counted.items() if isinstance(counted, Mapping) else ():
+        if isinstance(counts, list) and counts and all(type(count) is int for count in counts):
+            least, middle, most = min(counts), sorted(counts)[len(counts) // 2], max(counts)
+            block = str(file).removesuffix(".safetensors")
+            yield f"{block}: its {len(counts)} experts were sent {least} to {most} calibration tokens, half of them {middle} or more"
 
 
 def _missing(folder: Path, files: set[str]) -> set[str]:

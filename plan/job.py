@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from r1q.core.artifact import OutputFolder, newest_output
 from r1q.core.errors import CheckError, ResourceError, UsageError
@@ -42,6 +43,7 @@ class Job:
     samples: int = 128
     seq_len: int = 512
     damp: float = 0.05
+    moe_calibration: Literal["routed", "all", "hybrid"] = "routed"
     threads: int | None = None
     device: str = "cpu"
     max_ram: str | None = None

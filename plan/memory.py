@@ -43,7 +43,20 @@ _PANEL = 768  # columns of a product before it is added to its sum
 _READ, _MOVED, _CODED, _REFINED, _PACKED = 4, 4, 5, 33, 36
 _REFINED_WEIGHTS, _PACKED_WEIGHTS = 1 << 22, 1 << 20
 _TILES, _SLABS = (2048, 1024, 512, 256), (1 << 22, 1 << 20)
-_STAGES = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
+_STAGES = (
+    ("attn_q", "attn_k", "attn_v"),
+    ("attn_q_a", "attn_kv_a_mqa"),
+    ("attn_q_b",),
+    ("attn_v_b",),
+    ("attn_output",),
+    ("ffn_gate", "ffn_up"),
+    ("ffn_down",),
+    ("ffn_gate_shexp", "ffn_up_shexp"),
+    ("ffn_down_shexp",),
+    ("ffn_gate_exps", "ffn_up_exps"),
+    ("ffn_down_exps",),
+)
+_ADDING = ("attn_output", "ffn_down", "ffn_down_shexp")
 _MALLOC_THRESHOLD = (-3, 1 << 20)
 
 
@@ -95,15 +108,21 @@ def rounding_parts(config: ModelConfig, formats: Sequence[str]) -> dict[str, int
 def _moments(work: Workload, block: Sequence[PlannedTensor], engine: Engine) -> Iterator[dict[str, int]]:
     """Yield what is alive while each stage's statistics are summed, and while its matrices are coded."""
     hidden, tokens, number = work.config.hidden_size, work.windows * work.length, _number(engine)
-    weights = {t.spec.kind: t for t in block}
-    exact = number * sum(t.spec.size for t in block) if engine.exact_stream else 0
+    weights = {t.spec.kind: t for t in block}  # of the experts, the last one stands for all: one is in memory at a time
+    experts = [t for t in block if t.spec.expert is not None]
+    exact = number * sum(t.spec.size for t in weights.values()) if engine.exact_stream else 0
     streams = 4 * tokens * hidden * (2 if engine.exact_stream else 1)
     before = 0
     for kinds in _STAGES:
-        coded = [weights[kind] for kind in kinds]
-        columns, adds = coded[0].spec.columns, len(kinds) == 1
-        made = sum(number * t.spec.size + t.bytes for t in coded)
-        drift = 4 * columns * hidden if engine.exact_stream else 0
+        coded = [weights[kind] for kind in kinds if kind in weights]
+        if not coded:
+            continue
+        columns, adds, routed = coded[0].spec.columns, kinds[0] in _ADDING, coded[0].spec.expert is not None
+        if kinds[0] == "ffn_gate_exps":
+            before += sum(t.bytes for t in experts)  # codes wait for the block's file
+            streams += number * tokens * hidden * (2 if engine.exact_stream else 1)  # what all experts read
+        made = sum(number * t.spec.size + (0 if routed else t.bytes) for t in coded)
+        drift = 4 * columns * (hidden if adds else columns) if engine.exact_stream else 0
         square = 4 * columns * columns
         always = {
             "hidden states and inputs": 0 if engine.spill else streams + (number * tokens * columns if adds else 0)
@@ -127,7 +146,8 @@ def _number(engine: Engine) -> int:
 
 def _tile(work: Workload, engine: Engine, kind: str, columns: int) -> int:
     windows = min(max(1, engine.tile // work.length), work.windows)
-    each = {"ffn_down": _GATED, "attn_output": _MIXED}.get(kind, _NORMED)
+    gated = dict.fromkeys(("ffn_down", "ffn_down_shexp", "ffn_down_exps"), _GATED)
+    each = {**gated, "attn_output": _MIXED}.get(kind, _NORMED)
     if engine.exact_stream and each != _NORMED:
         each += _BESIDE
     summed = 8 + _number(engine)

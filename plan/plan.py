@@ -22,13 +22,14 @@ _METADATA_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What `recipe` makes of a model: every tensor with its scheme, and the totals."""
+    """What `recipe` makes of a model: every tensor with its scheme, and the totals; `notes` say what of the source is left out."""
 
     model: str
     recipe: Recipe
     tensors: tuple[PlannedTensor, ...]
     formats: tuple[str, ...]
     statistics: Statistics | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -106,5 +107,5 @@ def make_plan(
         recipe, source.tensors, model_shape(source.config, calibrated=calibrated or statistics is not None)
     )
     refuse_unfit(tensors, formats)
-    name = source.config.name
-    return Plan(model=name, recipe=recipe, tensors=tensors, formats=tuple(formats), statistics=statistics)
+    name, notes = source.config.name, tuple(getattr(source, "notes", ()))
+    return Plan(model=name, recipe=recipe, tensors=tensors, formats=tuple(formats), statistics=statistics, notes=notes)

@@ -10,13 +10,21 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from r1q.core.tensors import TensorSpec
 from r1q.plan.plan import Plan
 from r1q.plan.render import show_exported
 from r1q.plan.walk import Exported
 from r1q.quantize.run import Event, block_files
 
 LINE_SECONDS = 20.0
-_STAGES: Mapping[str, tuple[str, ...]] = {"attn_v": ("attn_q", "attn_k", "attn_v"), "ffn_up": ("ffn_gate", "ffn_up")}
+# What a stage that is named after its last kind of layer has coded.
+_STAGES: Mapping[str, tuple[str, ...]] = {
+    "attn_v": ("attn_q", "attn_k", "attn_v"),
+    "attn_kv_a_mqa": ("attn_q", "attn_q_a", "attn_kv_a_mqa"),
+    "ffn_up": ("ffn_gate", "ffn_up"),
+    "ffn_up_shexp": ("ffn_gate_shexp", "ffn_up_shexp"),
+    "ffn_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+}
 _ROUNDED = 0.02  # the time of a weight outside of the blocks, as a share of one that is calibrated
 
 
@@ -27,11 +35,11 @@ class Work:
         self.blocks = 1 + max((t.spec.layer for t in plan.tensors if t.spec.layer is not None), default=-1)
         self.block, self.kept, self.where = 0, 0, ""
         self._left = {
-            t.spec.gguf_name: t.spec.size * (_ROUNDED if calibrated and t.spec.layer is None else 1.0)
+            _place(t.spec): t.spec.size * (_ROUNDED if calibrated and t.spec.layer is None else 1.0)
             for t in plan.tensors
         }
-        self._names = {t.spec.name: t.spec.gguf_name for t in plan.tensors}
-        self._files = {file: [t.spec.gguf_name for t in tensors] for file, tensors in block_files(plan.tensors).items()}
+        self._names = {t.spec.name: _place(t.spec) for t in plan.tensors}
+        self._files = {file: [_place(t.spec) for t in tensors] for file, tensors in block_files(plan.tensors).items()}
         self._all = sum(self._left.values())
         self._kept, self._began = 0.0, time.monotonic()
 
@@ -53,9 +61,10 @@ class Work:
             self._finish(self._files.get(event.name, ()))
             self._kept, self._began = self.share, time.monotonic()
         elif event.what == "stage":
-            stem, _, kind = event.name.rpartition(".")
+            _, layer, key = event.name.split(".", 2)
+            kind, dot, expert = key.partition(".")
             self.where = event.name
-            self._finish(f"{stem}.{one}.weight" for one in _STAGES.get(kind, (kind,)))
+            self._finish(f"blk.{layer}.{one}{dot}{expert}.weight" for one in _STAGES.get(kind, (kind,)))
         elif event.what == "tensor":
             self.where = self._names.get(event.name, event.name)
             self._finish((self.where,))
@@ -74,6 +83,11 @@ class Work:
     def _finish(self, names: Iterable[str]) -> None:
         for name in names:
             self._left.pop(name, None)
+
+
+def _place(spec: TensorSpec) -> str:
+    """Return a tensor's name in a GGUF file, an expert's with its number."""
+    return spec.gguf_name if spec.layer is None else f"blk.{spec.layer}.{spec.key}"
 
 
 def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan, *, calibrated: bool) -> list[Path]:

@@ -36,7 +36,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         f"{plan.bits_per_weight:.3f} bits per weight ({grids})",
         highlight=False,
     )
-    for line in plan.fallback_lines():
+    for line in (*plan.notes, *plan.fallback_lines()):
         console.print(f"  note: {line}", highlight=False)
 
 

@@ -21,6 +21,11 @@ from r1q.quantize.refine import refine
 
 _SIDE, _TOKENS, _ROWS = 1024, 2048, 512
 _SECONDS = 1.0
+# The first of every group of layers that read the same.
+_FIRST = (
+    *("attn_q", "attn_q_a", "attn_q_b", "attn_v_b", "attn_output", "ffn_gate", "ffn_down"),
+    *("ffn_gate_shexp", "ffn_down_shexp", "ffn_gate_exps", "ffn_down_exps"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +65,16 @@ def seconds(config: ModelConfig, tensors: Sequence[PlannedTensor], engine: Engin
     """Return the time of a calibrated run: products of the forward passes and statistics, factors, coding, refining."""
     matrices = [t.spec for t in tensors if t.spec.is_matrix and t.spec.layer is not None]
     weights = sum(spec.size for spec in matrices)
-    inputs = (config.hidden_size, config.num_heads * config.head_dim, config.hidden_size, config.intermediate_size)
-    moments = config.num_layers * sum(side * side for side in inputs)
-    cubes = config.num_layers * sum(side**3 for side in inputs)
+    sent = 1.0 if config.experts is None else config.experts.used / config.experts.count
+    share = {True: sent, False: 1.0}  # of the tokens, by whether a matrix is an expert's
+    first = [spec for spec in matrices if spec.kind in _FIRST]  # one of each group that reads the same
+    moments = sum(share[spec.expert is not None] * spec.columns**2 for spec in first)
+    cubes = sum(spec.columns**3 for spec in first)
+    read = sum(share[spec.expert is not None] * spec.size for spec in matrices)
     feedback = sum(spec.size * spec.columns for spec in matrices)
-    forward = tokens * (weights + 0.6 * moments)
+    forward = tokens * (read + 0.6 * moments)
     if engine.exact_stream:
-        forward += tokens * (1.3 * weights + 0.7 * moments)
+        forward += tokens * (1.3 * read + 0.7 * moments)
         feedback += 2 * feedback
     products = forward / pace.products + (cubes / 6 + feedback / 2 * (1 + engine.passes)) / pace.exact_products
     return products + weights / pace.coded + engine.passes * weights / pace.refined

@@ -270,3 +270,15 @@ def test_a_kill_between_events_changes_no_byte(models: dict[str, Path], tmp_path
         running.close()  # type: ignore[attr-defined]
         run(model, cut, few=30)
         assert contents(cut) == whole
+
+
+def test_inspect_says_what_experts_were_sent(models: dict[str, Path], tmp_path: Path) -> None:
+    from r1q.plan.inspect import inspect_path
+
+    _, checkpoint = run(models["deepseek_v3"], tmp_path / "out", samples=2)
+    (counts,) = checkpoint.manifest["expert_tokens"].values()  # type: ignore[union-attr,attr-defined]
+    told = [note for note in inspect_path(tmp_path / "out").notes if "experts" in note]
+    assert told == [
+        f"block-00001: its 8 experts were sent {min(counts)} to {max(counts)} calibration tokens, "
+        f"half of them {sorted(counts)[4]} or more"
+    ]
