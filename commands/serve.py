@@ -51,6 +51,7 @@ def serve(artifact: Path | None, question: str | None, **options: Any) -> None:
       R1Q_API_KEY=secret r1q serve model.gguf --host 0.0.0.0
     """
     import logging
+    import sys
 
     from r1q.core.errors import MissingError
     from r1q.plan.job import newest_or_embedded
@@ -72,6 +73,8 @@ def serve(artifact: Path | None, question: str | None, **options: Any) -> None:
     opened = open_artifact(artifact or newest_or_embedded(), settings)
     if is_exposed(settings.host) and settings.api_key is None:
         click.echo(f"warning: whoever reaches {settings.host} can use this server: set --api-key", err=True)
+    # The engine's thread takes the interpreter again after each call into the runtime; 5 ms, Python's default, is several steps.
+    sys.setswitchinterval(0.0005)
     session = opened.session
     about = f"{opened.name}: {session.runtime} on {session.device}, {session.sequences} × {session.context} tokens"
     run_server(opened, listener, settings, ready=lambda: click.echo(f"{about}\nready: {address_of(listener)}"))

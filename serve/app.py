@@ -15,8 +15,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from r1q import __version__
-from r1q.serve.jobs import Event, Job, Refused
-from r1q.serve.replies import Answer, ChatForm, Form, TextForm, event
+from r1q.serve import replies
+from r1q.serve.jobs import Event, Job, Piece, Refused
+from r1q.serve.replies import ChatForm, Form, TextForm
 from r1q.serve.schema import ChatCompletion, ErrorBody, Health, ModelCard, ModelList, TextCompletion
 from r1q.serve.service import Service
 from r1q.serve.wire import ChatRequest, CompletionRequest
@@ -33,8 +34,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         503: "The server is stopping.",
     }.items()
 }
+# What an event of a stream is to OpenAPI: its `data` is a chunk as JSON, or [DONE].
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer."}
+    200: {"content": {"text/event-stream": {"schema": _EVENT}}, "description": "The answer."}
 }
 
 
@@ -171,25 +174,18 @@ async def _answer(
     return Response(status_code=499) if answer is None else JSONResponse(form.body(answer))
 
 
-async def _gather(events: asyncio.Queue[Event], request: Request) -> Answer | None:
+async def _gather(events: asyncio.Queue[Event], request: Request) -> Piece | None:
     """Return the whole answer, or None if the client leaves before it is there. Raises the `Refused` that ends it early."""
-    answer = Answer()
-    gone = asyncio.ensure_future(_left(request))
+    told, gone = asyncio.ensure_future(events.get()), asyncio.ensure_future(_left(request))
     try:
-        while True:
-            piece = asyncio.ensure_future(events.get())
-            await asyncio.wait((piece, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not piece.done():
-                piece.cancel()
-                return None
-            told = piece.result()
-            if isinstance(told, Refused):
-                raise told
-            answer.pieces.append(told)
-            if told.ending is not None:
-                return answer
+        await asyncio.wait((told, gone), return_when=asyncio.FIRST_COMPLETED)
+        event = told.result() if told.done() else None
     finally:
+        told.cancel()
         gone.cancel()
+    if isinstance(event, Refused):
+        raise event
+    return event
 
 
 async def _left(request: Request) -> None:
@@ -205,7 +201,7 @@ async def _chunks(form: Form, events: asyncio.Queue[Event]) -> AsyncIterator[byt
         told = await events.get()
         if isinstance(told, Refused):
             # The status is long sent: the error is an event, and the missing end mark says that the answer is not whole.
-            yield event(told.body())
+            yield replies.event(told.body())
             return
         yield form.chunk(told)
         if told.ending is not None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from r1q.runtimes.base import Floats, Session
-from r1q.serve.jobs import Ending, Event, Job, Piece, Refused
+from r1q.serve.jobs import Ending, Event, Job, Piece, Refused, join
 from r1q.serve.meters import Meters
 from r1q.serve.sampling import draw_tokens, log_probability
 from r1q.serve.speech import Said
@@ -221,8 +221,15 @@ class Engine:
             self._clock(job, now)
             if piece.ending is not None:
                 self._release(job, piece.ending)
-            if piece.thought or piece.text or piece.scores or piece.ending:
-                events.append((job, piece))
+            if not (piece.thought or piece.text or piece.scores or piece.ending):
+                continue
+            if job.whole:
+                # Nobody reads the parts: waking the loop's thread for each would only take the processor from the next step.
+                job.kept.append(piece)
+                if piece.ending is None:
+                    continue
+                piece = join(job.kept)
+            events.append((job, piece))
 
     def _say(self, job: Job, token: int, row: Floats | None) -> Piece:
         """Add a drawn token to a job's answer and return what is ready of it."""

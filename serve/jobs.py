@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,12 +57,23 @@ class Piece:
 Event = Piece | Refused
 
 
+def join(pieces: Sequence[Piece]) -> Piece:
+    """Return pieces that follow each other as one."""
+    return Piece(
+        thought="".join(piece.thought for piece in pieces),
+        text="".join(piece.text for piece in pieces),
+        scores=tuple(score for piece in pieces for score in piece.scores),
+        ending=pieces[-1].ending,
+        usage=pieces[-1].usage,
+    )
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Job:
     """One request for one answer. The upper fields are what is asked; the lower ones are the engine's and touched by nobody else.
 
     `limit`: most tokens of the answer. `top`: how many likeliest tokens to score beside each drawn one, None for no scores.
-    `deliver` is called with every event, on the thread that the engine was given to post to.
+    `deliver` is called with every event, on the thread that the engine was given to post to; with `whole`, with one piece at the end.
     """
 
     prompt: list[int]
@@ -73,6 +84,7 @@ class Job:
     deliver: Callable[[Event], None]
     top: int | None = None
     ignore_ends: bool = False
+    whole: bool = False
 
     cancelled: bool = False
     sequence: int = -1
@@ -81,6 +93,7 @@ class Job:
     said: int = 0
     thought: int = 0
     counts: Counter[int] = field(default_factory=Counter)
+    kept: list[Piece] = field(default_factory=list)  # of a whole answer
     next: int = -1  # the token drawn last, not yet fed
     arrived: float = 0.0
     began: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from r1q.serve.jobs import Piece, Usage
@@ -13,28 +13,6 @@ from r1q.serve.sampling import LogProbability
 from r1q.serve.vocabulary import Vocabulary
 
 DONE = b"data: [DONE]\n\n"
-
-
-@dataclass(slots=True)
-class Answer:
-    """A whole answer, gathered from its pieces."""
-
-    pieces: list[Piece] = field(default_factory=list)
-
-    @property
-    def thought(self) -> str:
-        """All that was thought."""
-        return "".join(piece.thought for piece in self.pieces)
-
-    @property
-    def text(self) -> str:
-        """The answer itself."""
-        return "".join(piece.text for piece in self.pieces)
-
-    @property
-    def scores(self) -> tuple[LogProbability, ...]:
-        """The log-probabilities of every token."""
-        return tuple(score for piece in self.pieces for score in piece.scores)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +27,7 @@ class Form(ABC):
     usage_chunk: bool
 
     @abstractmethod
-    def body(self, answer: Answer) -> dict[str, Any]:
+    def body(self, answer: Piece) -> dict[str, Any]:
         """Return the body of an answer that is not streamed."""
 
     def opening(self) -> bytes:
@@ -76,9 +54,8 @@ class Form(ABC):
 class ChatForm(Form):
     """Bodies of /v1/chat/completions; the thought is `reasoning_content`, as DeepSeek's own server has it."""
 
-    def body(self, answer: Answer) -> dict[str, Any]:
+    def body(self, answer: Piece) -> dict[str, Any]:
         """Return a chat.completion."""
-        last = answer.pieces[-1]
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         if answer.thought:
             message["reasoning_content"] = answer.thought
@@ -86,9 +63,9 @@ class ChatForm(Form):
             "index": 0,
             "message": message,
             "logprobs": self._scores(answer.scores),
-            "finish_reason": last.ending,
+            "finish_reason": answer.ending,
         }
-        usage = {"usage": usage_body(last.usage)} if last.usage else {}
+        usage = {"usage": usage_body(answer.usage)} if answer.usage else {}
         return {**self._head("chat.completion"), "choices": [choice], **usage}
 
     def opening(self) -> bytes:
@@ -124,16 +101,15 @@ class ChatForm(Form):
 class TextForm(Form):
     """Bodies of /v1/completions."""
 
-    def body(self, answer: Answer) -> dict[str, Any]:
+    def body(self, answer: Piece) -> dict[str, Any]:
         """Return a text_completion."""
-        last = answer.pieces[-1]
         choice = {
             "index": 0,
             "text": answer.text,
             "logprobs": self._scores(answer.scores),
-            "finish_reason": last.ending,
+            "finish_reason": answer.ending,
         }
-        usage = {"usage": usage_body(last.usage)} if last.usage else {}
+        usage = {"usage": usage_body(answer.usage)} if answer.usage else {}
         return {**self._head("text_completion"), "choices": [choice], **usage}
 
     def chunk(self, piece: Piece) -> bytes:

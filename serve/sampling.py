@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from r1q.core.errors import InputError
 
 Floats = NDArray[np.float32]
+COLDEST = 1e-4  # below it the likeliest token is taken: its reciprocal soon leaves float32, and no second token would be drawn
 # Candidates are first sought within this factor of the likeliest token. A speed-up: where they do not reach top_p, the bound is exact.
 _NEAR = np.float32(1e-4)
 
@@ -43,8 +44,8 @@ def draw_tokens(
 ) -> NDArray[np.int64]:
     """Return one token for each row of `logits` [rows, vocab], which is used up as working space.
 
-    `chances` gives each row's source of chance, from which one number is taken where the temperature is above 0; `said` how often
-    each row's request has said a token so far. Raises `InputError` for logits that are not finite.
+    `chances` gives each row's source of chance, from which one number is taken where the temperature is not next to 0; `said` how
+    often each row's request has said a token so far. Raises `InputError` for logits that are not finite.
     """
     for row, wish in enumerate(settings):
         if wish.biases or wish.penalizes:
@@ -54,7 +55,7 @@ def draw_tokens(
     # A NaN is its row's maximum to argmax, and so is an infinity: one number a row tells.
     if not np.isfinite(highest).all():
         raise InputError("the model made logits that are not finite; the file is broken, take another")
-    warm = [row for row, wish in enumerate(settings) if wish.temperature > 0]
+    warm = [row for row, wish in enumerate(settings) if wish.temperature >= COLDEST]
     if not warm:
         return best
     rows = logits if len(warm) == len(logits) else logits[warm]

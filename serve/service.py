@@ -96,6 +96,7 @@ class Service:
             deliver=deliver,
             top=asked.top,
             ignore_ends=asked.ignore_eos,
+            whole=not asked.stream,
         )
 
     def _check_model(self, name: str | None) -> None:

@@ -95,6 +95,13 @@ def test_penalties_and_biases_move_logits_as_openai_says() -> None:
     assert best(biases={2: 100.0}) == 2
 
 
+def test_a_temperature_next_to_nothing_takes_the_likeliest() -> None:
+    # Found by schemathesis: its reciprocal is no float32, and one such request failed everybody's.
+    logits = np.array([[1.0, 3.0, 2.0]] * 2, np.float32)
+    drawn = draw_tokens(logits, [Sampling(temperature=1.7e-245), Sampling(temperature=1e-4)], sources(2))
+    assert drawn.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_that_are_no_numbers_stop_it(bad: float) -> None:
     with pytest.raises(InputError, match="not finite"):
