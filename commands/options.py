@@ -37,6 +37,9 @@ GRID = (
 )
 METHOD = (
     click.Option(
+        ["--lora"], type=click.Path(path_type=Path), metavar="ADAPTER", help="Folder of a LoRA adapter (PEFT) to merge first."
+    ),
+    click.Option(
         ["--effort"],
         type=click.Choice(["fast", "default", "high"]),
         help="Calibrate: fast (GPTQ), default (and make good what earlier layers shifted), high (and refine every layer).",

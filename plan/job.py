@@ -49,6 +49,7 @@ class Job:
     max_ram: str | None = None
     output: Path | None = None
     strict: bool = False
+    lora: Path | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -86,9 +87,13 @@ class OpenedJob:
 def open_job(job: Job, *, progress: bool = False) -> OpenedJob:
     """Open the model (`progress` shows a download) and choose the recipe; reads headers alone.
 
-    Raises what `open_model` and `choose_recipe` raise.
+    Raises what `open_model`, `adapted` and `choose_recipe` raise.
     """
     model = open_model(job.model, progress=progress)
+    if job.lora is not None:
+        from r1q.distill.lora import adapted
+
+        model = adapted(model, job.lora)
     return OpenedJob(job=job, model=model, choice=choose_recipe(job.wish, model.source.tensors))
 
 
