@@ -69,6 +69,10 @@ COMMANDS = {
         "r1q.commands.ship",
         "Pack PATH, an output folder or checkpoint, into a folder that a stranger can check and run; or check such a folder.",
     ),
+    "trim": Lazy(
+        "r1q.commands.trim",
+        "Leave the tokens out of MODEL that CORPUS never uses: a smaller embedding and head, the same logits for all that stay.",
+    ),
     "verify": Lazy(
         "r1q.commands.verify",
         "Prove that PATH (an output folder or an artifact in it) is whole and holds its checkpoint's weights, every one.",
