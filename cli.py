@@ -32,6 +32,10 @@ COMMANDS = {
         "r1q.commands.compare",
         "Compare two files of `r1q bench --format json` or jsonl, row by row, each number with its 95 % interval.",
     ),
+    "distill": Lazy(
+        "r1q.commands.distill",
+        "Make a smaller model of TEACHER: prune its widths, then train it on the teacher's own predictions.",
+    ),
     "doctor": Lazy(
         "r1q.commands.doctor",
         "Say what is installed and what this machine has: runtimes and how to get them, versions, CPU, memory, disk.",
@@ -39,6 +43,10 @@ COMMANDS = {
     "export": Lazy(
         "r1q.commands.export",
         "Write another format from CHECKPOINT, a folder that `r1q quantize` made: codes are copied, never made again.",
+    ),
+    "heal": Lazy(
+        "r1q.commands.heal",
+        "Train the scales and norms of OUTPUT, a folder of r1q quantize, on the float model's predictions.",
     ),
     "inspect": Lazy(
         "r1q.commands.inspect",
