@@ -142,8 +142,9 @@ def _yarn_numbers(raw: Mapping[str, Any], config: ModelConfig) -> Mapping[str, f
     if config.yarn is None:
         return {}
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    length = rope.get("original_max_position_embeddings")
-    return {"rope.scaling.factor": rope.get("factor"), "rope.scaling.original_context_length": length}
+    # The config was read: both are there.
+    length = rope["original_max_position_embeddings"]
+    return {"rope.scaling.factor": rope["factor"], "rope.scaling.original_context_length": length}
 
 
 def _name_defects(file: GgufFile, names: Mapping[str, str], config: ModelConfig) -> Iterator[Defect]:

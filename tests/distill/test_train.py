@@ -40,7 +40,8 @@ def _text(seed: int = 0) -> WindowText:
 def test_the_loss_is_the_divergence_that_fidelity_is_measured_by(pair: tuple[ModelSource, ModelSource]) -> None:
     teacher, student = pair
     weights = np.random.default_rng(2).random((2, 12)).astype(np.float32)
-    ours = divergence(*map(load_network, (student, teacher)), torch.from_numpy(TOKENS), torch.from_numpy(weights))
+    learning, teaching = load_network(student), load_network(teacher)
+    ours = divergence(learning, teaching, torch.from_numpy(TOKENS), torch.from_numpy(weights))
     truth, given = (np.concatenate(list(logits(source, TOKENS))) for source in (teacher, student))
     kld = score(given, TOKENS.reshape(-1), truth).kld
     assert kld is not None

@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from r1q.core.errors import InputError
 from r1q.core.tensors import TensorSpec
 from r1q.models import forward
+from r1q.models.block import run_block
 from r1q.models.forward import Configured, logits
-from r1q.models.rope import frequencies
+from r1q.models.linear import rms_norm
+from r1q.models.rope import frequencies, rotation
 from r1q.models.source import ModelSource
 
 MakeModel = Callable[..., Path]
@@ -93,16 +95,16 @@ def test_rounded_blocks_are_those_of_a_loop_that_rounds_every_number(make_model:
     source = ModelSource.open(make_model("llama"))
     tokens = np.arange(40, dtype=np.int64).reshape(1, 40)
     hidden = forward.embed(source, tokens)
-    turn = forward.rotation(source.config, 40, "cpu")
+    turn = rotation(source.config, 40, "cpu")
     for layer in range(source.config.num_layers):
         weights = forward.load_block(source, layer)
-        exact = forward.run_block(weights, source.config, hidden[0], turn).numpy().view(np.uint32).astype(np.uint64)
+        exact = run_block(weights, source.config, hidden[0], turn).numpy().view(np.uint32).astype(np.uint64)
         # To nearest, ties to even, on the bits: what bfloat16 keeps are the upper sixteen.
         upper = (exact + 0x7FFF + ((exact >> 16) & 1)) >> 16 << 16
         hidden = torch.from_numpy(upper.astype(np.uint32).view(np.float32))[None]
     head = torch.from_numpy(source.read_rows("lm_head.weight", 0, 320))
     norm = torch.from_numpy(source.read_rows("model.norm.weight", 0, 1)).reshape(-1)
-    expected = forward.rms_norm(hidden[0], norm, source.config.rms_norm_eps) @ head.T
+    expected = rms_norm(hidden[0], norm, source.config.rms_norm_eps) @ head.T
     (found,) = logits(source, tokens, rounded=True)
     np.testing.assert_allclose(found, expected.numpy(), atol=TOLERANCE)
     (plain,) = logits(source, tokens)

@@ -276,7 +276,7 @@ def test_inspect_says_what_experts_were_sent(models: dict[str, Path], tmp_path: 
     from r1q.plan.inspect import inspect_path
 
     _, checkpoint = run(models["deepseek_v3"], tmp_path / "out", samples=2)
-    (counts,) = checkpoint.manifest["expert_tokens"].values()  # type: ignore[union-attr,attr-defined]
+    (counts,) = checkpoint.manifest["expert_tokens"].values()  # type: ignore[attr-defined]
     told = [note for note in inspect_path(tmp_path / "out").notes if "experts" in note]
     assert told == [
         f"block-00001: its 8 experts were sent {min(counts)} to {max(counts)} calibration tokens, "
