@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 # Every one is a field of plan.job.Job with the same default; help lists them in this order.
 MODEL = click.Argument(["model"], required=False)
@@ -13,7 +14,7 @@ GRID = (
     click.Option(
         ["--scheme"],
         metavar="NAME|FILE",
-        help="A preset (q4_0, q4_k_m, q6_k, q8_0, bf16, …), one grid for every matrix (q4_k) or a recipe file (mix.toml).",
+        help="A preset (q4_0, q4_k_m, q6_k, q8_0, bf16, …; w8a8), one grid for every matrix (q4_k) or a recipe file (mix.toml).",
     ),
     click.Option(
         ["--to", "formats"],
@@ -27,6 +28,11 @@ GRID = (
     ),
     click.Option(["--asymmetric"], is_flag=True, help="Integers with a zero point a group."),
     click.Option(
+        ["--activations"],
+        type=click.Choice(["best", "minmax", "percentile", "entropy"]),
+        help="How w8a8 finds ranges of inputs.  [default: best, the one of least error for each input]",
+    ),
+    click.Option(
         ["--kv"],
         type=click.Choice(["float", "int8"]),
         default="float",
@@ -37,7 +43,10 @@ GRID = (
 )
 METHOD = (
     click.Option(
-        ["--lora"], type=click.Path(path_type=Path), metavar="ADAPTER", help="Folder of a LoRA adapter (PEFT) to merge first."
+        ["--lora"],
+        type=click.Path(path_type=Path),
+        metavar="ADAPTER",
+        help="Folder of a LoRA adapter (PEFT) to merge first.",
     ),
     click.Option(
         ["--effort"],
@@ -86,3 +95,12 @@ METHOD = (
 OUTPUT = click.Option(
     ["-o", "--output"], type=click.Path(path_type=Path), help="Output folder. [default: r1q-out/<model>-<scheme>]"
 )
+
+
+def asked_formats(formats: str, scheme: str | None) -> tuple[str, ...]:
+    """Return what `--to` says; where it says nothing, w8a8 goes to the one format that holds it."""
+    from r1q.core.formats import parse_formats
+    from r1q.plan.choose import W8A8
+
+    said = click.get_current_context().get_parameter_source("formats") is not ParameterSource.DEFAULT
+    return ("onnx",) if not said and scheme is not None and scheme.lower() == W8A8 else parse_formats(formats)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from r1q.commands.options import GRID, METHOD, MODEL, OUTPUT
+from r1q.commands.options import GRID, METHOD, MODEL, OUTPUT, asked_formats
 
 SHOW = (
     click.Option(["--tensors"], is_flag=True, help="List every tensor with its grid."),
@@ -27,12 +27,11 @@ def plan(formats: str, tensors: bool, as_json: bool, **options: Any) -> None:
     """
     import json
 
-    from r1q.core.formats import parse_formats
     from r1q.plan.job import Job, open_job, plan_job
     from r1q.plan.outlook import outlook
     from r1q.plan.render import make_console, show_outlook, show_plan
 
-    opened = open_job(Job(formats=parse_formats(formats), **options), progress=not as_json)
+    opened = open_job(Job(formats=asked_formats(formats, options["scheme"]), **options), progress=not as_json)
     planned = plan_job(opened)
     found = outlook(opened, planned)
     if as_json:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from r1q.commands.options import GRID, METHOD, MODEL, OUTPUT
+from r1q.commands.options import GRID, METHOD, MODEL, OUTPUT, asked_formats
 
 RUN = (
     OUTPUT,
@@ -58,7 +58,6 @@ def quantize(
 
     A recipe file is TOML: base = "q4_k_m" and [[rules]] of tensors = "*.ffn_down.weight", grid = "q6_k".
     """
-    from r1q.core.formats import parse_formats
     from r1q.plan.event_log import logged
     from r1q.plan.job import Job, job_folder, open_job, plan_job, run_job
     from r1q.plan.memory import return_freed_memory
@@ -76,7 +75,7 @@ def quantize(
         from r1q.commands.fitting import fitted_scheme
 
         options["scheme"] = fitted_scheme(console, fit, bpw, options, formats)
-    job = Job(formats=parse_formats(formats), **options)
+    job = Job(formats=asked_formats(formats, options["scheme"]), **options)
     opened = open_job(job, progress=not quiet)
     console.print(opened.choice.reason, highlight=False)
     plan = plan_job(opened)

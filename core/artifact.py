@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from r1q.core.activations import ACTIVATIONS
 from r1q.core.checkpoint import JOB, MANIFEST
 from r1q.core.errors import InputError, UsageError
 from r1q.core.files import TEMP_PREFIX, is_bare_name, sha256_file, write_json
@@ -58,8 +59,8 @@ class OutputFolder:
             raise UsageError(f"{self.path} is a file; choose another folder with -o")
         names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(TEMP_PREFIX)}
         started = (self.checkpoint / JOB).is_file()
-        # A run killed before job.json leaves at most an empty checkpoint folder.
-        untouched = names <= {CHECKPOINT} and not _foreign_files(self.checkpoint)
+        # A run killed before job.json leaves at most an empty checkpoint folder, and what was measured before.
+        untouched = names <= {CHECKPOINT, ACTIVATIONS} and not _foreign_files(self.checkpoint)
         if not started and not untouched:
             raise UsageError(f"{self.path} exists and was not made by r1q; choose another folder with -o")
 

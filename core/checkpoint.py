@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from r1q.core.activations import ACTIVATIONS, Activations
 from r1q.core.errors import InputError, UsageError
 from r1q.core.files import is_bare_name, sha256_file
 from r1q.core.grids import Bytes, bytes_to_floats, unpack
@@ -157,6 +158,12 @@ class QuantizedCheckpoint:
     def model_name(self) -> str:
         """The source model's name, as the folder or id it came from was called."""
         return str(self.manifest.get("model", "model"))
+
+    @property
+    def activations(self) -> Activations | None:
+        """How inputs of linear layers are spelled in 8 bits; None where only weights are. Raises `InputError` when damaged."""
+        path = self.sidecar / ACTIVATIONS
+        return Activations.read(path) if path.is_file() else None
 
     def spec(self, name: str) -> TensorSpec:
         """Return one tensor's facts."""

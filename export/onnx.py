@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from r1q.core.activations import ACTIVATIONS
 from r1q.core.cache_scales import CacheScales
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.files import atomic_path, atomic_write, remove_leftovers, write_json, writing
@@ -56,6 +57,8 @@ def write_onnx(
             missing_ok=True
         )  # of an earlier export: until the last file is new, the folder is no model
     for path in sorted(checkpoint.sidecar.iterdir()):
+        if path.name == ACTIVATIONS:
+            continue  # what is in it stands in the graph
         with atomic_path(out / path.name) as temporary:
             shutil.copyfile(path, temporary)
     with atomic_write(out / DATA) as file:

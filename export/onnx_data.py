@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from r1q.core.activations import Range
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.formats import BlockForm, onnx_form
 from r1q.core.integers import pack_bits
@@ -112,6 +113,46 @@ def add_blocks(
     scale = data.add(f"{name}.scales", "float32", (rows, count), scales)
     zero = None if form.symmetric else data.add(f"{name}.zeros", "uint8", (rows, -(-count * form.bits // 8)), zeros)
     return Blocks(form=form, rows=rows, columns=columns, weight=weight, scales=scale, zeros=zero)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """The names of a matrix whose inputs are integers too: int8 [columns, rows], a scale for each row; the inputs' scale and zero."""
+
+    weight: str
+    scales: str
+    input_scale: str
+    input_zero: str
+
+
+def add_columns(
+    data: DataFile, checkpoint: QuantizedCheckpoint, name: str, specs: Sequence[TensorSpec], inputs: Range
+) -> Columns:
+    """Place matrices of 8-bit codes with one scale a row, side by side and turned: ONNX multiplies by [columns, rows].
+
+    The codes of all of them are in memory at once, a byte each.
+    """
+    rows, columns = sum(spec.rows for spec in specs), specs[0].columns
+
+    def codes() -> Iterator[NDArray[np.generic]]:
+        turned = np.empty((columns, rows), dtype=np.int8)
+        place = 0
+        for spec, start, stop in _slabs(specs):
+            found = checkpoint.read(spec.name, start, stop).codes
+            turned[:, place : place + stop - start] = (found.view(np.int8) ^ np.int8(-128)).T  # 128 stands for zero
+            place += stop - start
+        yield turned
+
+    def scales() -> Iterator[NDArray[np.generic]]:
+        for spec, start, stop in _slabs(specs):
+            yield checkpoint.read(spec.name, start, stop).params["scales"].astype(np.float32).reshape(-1)
+
+    return Columns(
+        weight=data.add(f"{name}.weight", "int8", (columns, rows), codes),
+        scales=data.add(f"{name}.scales", "float32", (rows,), scales),
+        input_scale=data.add(f"{name}.input_scale", "float32", (), lambda: iter([np.float32([inputs.scale])])),
+        input_zero=data.add(f"{name}.input_zero", "uint8", (), lambda: iter([np.uint8([inputs.zero])])),
+    )
 
 
 def add_floats(data: DataFile, checkpoint: QuantizedCheckpoint, name: str, specs: Sequence[TensorSpec]) -> str:

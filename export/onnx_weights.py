@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from r1q.core.cache_scales import CacheScales
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.tensors import TensorSpec
-from r1q.export.onnx_data import Blocks, DataFile, add_blocks, add_floats, common_form
+from r1q.export.onnx_data import Blocks, Columns, DataFile, add_blocks, add_columns, add_floats, common_form
 from r1q.export.rope import frequencies
 from r1q.models.config import ModelConfig
 
-Matrix = Blocks | str  # block-quantized, or the name of a float32 tensor [rows, columns]
+Table = Blocks | str  # block-quantized, or the name of a float32 tensor [rows, columns]
+Matrix = Table | Columns
 _STACKS = {
     "attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.o_proj": ("self_attn.o_proj",),
@@ -43,7 +44,7 @@ class Weights:
 
     linears: Mapping[str, Linear]
     vectors: Mapping[str, str]
-    embedding: Matrix
+    embedding: Table
     rotary: tuple[str, str]
     cache: tuple[tuple[str, str], ...] = ()
 
@@ -54,10 +55,16 @@ def place_weights(
     """Place every tensor of the model in `data`. q, k and v are stacked, and gate and up, where they share one form."""
     specs = {spec.name: spec for spec in checkpoint.tensors}
     table, head = _place_ends(checkpoint, config, data, specs)
-    linears = {"lm_head": head}
+    linears, activations = {"lm_head": head}, checkpoint.activations
     for layer in range(config.num_layers):
         for stem, members in _stacks(checkpoint, specs, layer):
-            linears[stem] = _place_linear(checkpoint, data, stem, [specs[f"{m}.weight"] for m in members], specs)
+            tensors = [specs[f"{member}.weight"] for member in members]
+            inputs = activations.static(layer, tensors[0].kind) if activations else None
+            if inputs is None:
+                linears[stem] = _place_linear(checkpoint, data, stem, tensors, specs)
+            else:
+                columns = add_columns(data, checkpoint, stem, tensors, inputs)
+                linears[stem] = _linear(checkpoint, data, stem, tensors, specs, columns)
     vectors = {
         name: add_floats(data, checkpoint, name, [spec])
         for name, spec in specs.items()
@@ -93,11 +100,22 @@ def _place_linear(
 ) -> Linear:
     forms = common_form(checkpoint, tensors)
     form = forms[0] if forms else None
-    matrix: Matrix = (
+    matrix: Table = (
         add_floats(data, checkpoint, f"{stem}.weight", tensors)
         if form is None
         else add_blocks(data, checkpoint, stem, tensors, form)
     )
+    return _linear(checkpoint, data, stem, tensors, specs, matrix)
+
+
+def _linear(
+    checkpoint: QuantizedCheckpoint,
+    data: DataFile,
+    stem: str,
+    tensors: Sequence[TensorSpec],
+    specs: Mapping[str, TensorSpec],
+    matrix: Matrix,
+) -> Linear:
     names = [tensor.name.removesuffix("weight") + "bias" for tensor in tensors]
     biases = [specs[name] for name in names if name in specs]
     bias = add_floats(data, checkpoint, f"{stem}.bias", biases) if biases else None
@@ -106,7 +124,7 @@ def _place_linear(
 
 def _place_ends(
     checkpoint: QuantizedCheckpoint, config: ModelConfig, data: DataFile, specs: Mapping[str, TensorSpec]
-) -> tuple[Matrix, Linear]:
+) -> tuple[Table, Linear]:
     """Place embedding and head; a tied head is the embedding's bytes under the shape that its operator wants."""
     spec = specs["model.embed_tokens.weight"]
     head = _place_linear(checkpoint, data, "model.embed_tokens" if config.tied else "lm_head",

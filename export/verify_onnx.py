@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from r1q.core.activations import ACTIVATIONS
 from r1q.core.cache_scales import CACHE_SCALES, CacheScales
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import InputError
@@ -26,6 +27,7 @@ from r1q.core.qtensor import Floats
 from r1q.core.tensors import TensorSpec
 from r1q.export.verified import Defect, Verified
 from r1q.export.verify_onnx_graph import follow
+from r1q.export.verify_onnx_integers import input_defects
 from r1q.export.verify_onnx_values import LOGITS, Bound, Key, Logits, Matrix, Reading, stated
 from r1q.export.verify_rope import frequency, turn_scale
 
@@ -55,6 +57,8 @@ def verify_onnx(checkpoint: QuantizedCheckpoint, path: Path) -> Verified:
     notes: list[str] = []
     for reading in readings:
         defects += [*reading.defects, *comparison.defects_of(reading), *_cache_defects(reading, notes)]
+        if not reading.defects:
+            defects += input_defects(reading, checkpoint.activations)
     return Verified(
         format="onnx",
         path=path,
@@ -128,6 +132,8 @@ def _cache_defects(reading: Reading, notes: list[str]) -> Iterator[Defect]:
 def _copy_defects(checkpoint: QuantizedCheckpoint, folder: OnnxFolder) -> Iterator[Defect]:
     """Yield the model's own files that are not in the folder byte for byte."""
     for source in sorted(checkpoint.sidecar.iterdir()):
+        if source.name == ACTIVATIONS:
+            continue  # it stands in the graph, and is held against that
         copy = folder.path / source.name
         if not (copy.is_file() and sha256_file(copy) == sha256_file(source)):
             what = "is not byte for byte the model's own" if copy.is_file() else "is missing"
@@ -238,6 +244,9 @@ class _Comparison:
     def _unpacked(self, held: Matrix, start: int, stop: int) -> tuple[Integers, Floats]:
         """Return codes less their zero points [rows, columns] and scales [rows, blocks] of some rows of a matrix in blocks."""
         assert held.scales is not None
+        if held.across:
+            codes, scales = self.folder.read(held.weight), self.folder.read(held.scales).reshape(-1)
+            return np.ascontiguousarray(codes[:, start:stop].T).astype(np.int16), scales[start:stop, None]
         rows, blocks = stop - start, -(-held.columns // held.block)
         padded = self._places(held.weight, held, start, stop)[:, : blocks * held.block]
         zeros = np.full((rows, blocks), 1 << (held.bits - 1), dtype=np.int16)

@@ -17,6 +17,7 @@ import numpy as np
 
 from r1q.core.onnx_file import OnnxFolder
 from r1q.core.onnx_graph import OnnxGraph, OnnxNode, OnnxTensor
+from r1q.export.verify_onnx_integers import dequantize, quantize
 from r1q.export.verify_onnx_values import (
     INT32,
     LOGITS,
@@ -177,6 +178,10 @@ def _matmul_blocks(reading: Reading, node: OnnxNode) -> None:
 
 
 def _matmul(reading: Reading, node: OnnxNode) -> None:
+    integers = reading.values.get(node.input(1))
+    if isinstance(integers, Matrix):
+        _multiply(reading, node, integers, None)
+        return
     weight, across = reading.held(node, 1), node.attributes.get("transB", 0) == 0
     reading.settings(node, {"alpha": 1.0, "transA": 0}, free=("transB",))
     if len(weight.shape) != 2 or weight.dtype != "float32":
@@ -190,6 +195,7 @@ def _multiply(reading: Reading, node: OnnxNode, matrix: Matrix, bias: OnnxTensor
     if not isinstance(of, Normed | Attended | Gated):
         raise MisfitError("multiplies what is neither normalized nor attended nor gated")
     product = Product(of=of, matrix=matrix, node=str(node), start=0, stop=matrix.rows)
+    product = replace(product, spelled=reading.integers.get(node.input(0)))
     reading.make(node, product if bias is None else _biased(product, bias))
 
 
@@ -369,6 +375,8 @@ _RULES: Mapping[tuple[str, str], Callable[[Reading, OnnxNode], None]] = {
     ("", "Mul"): _mul,
     ("", "Sigmoid"): _activate("sigmoid"),
     ("", "MatMul"): _matmul,
+    ("", "QuantizeLinear"): quantize,
+    ("", "DequantizeLinear"): dequantize,
     ("", "SimplifiedLayerNormalization"): _simple_norm,
     (_MICROSOFT, "GatherBlockQuantized"): _gather_blocks,
     (_MICROSOFT, "MatMulNBits"): _matmul_blocks,

@@ -31,7 +31,7 @@ _DEFAULTS: Mapping[str, object] = {
 class Matrix:
     """A matrix [rows, columns] as an operator holds it: `weight` floats, or codes of `bits` in blocks with `scales` and `zeros`.
 
-    `across`: floats are stored [columns, rows].
+    `across`: floats, or codes with one scale a row, are stored [columns, rows].
     """
 
     weight: OnnxTensor
@@ -107,7 +107,8 @@ class Logits(Place):
 class Product:
     """Rows [start, stop) of `matrix` times `of`, plus as many of `bias`.
 
-    `norm`: its heads were normalized with it. `form`: what was done to the product since ("heads", "sigmoid", "silu").
+    `spelled`: scale and zero of the integers that `of` was rounded to before. `norm`: its heads were normalized with it. `form`: what
+    was done to the product since ("heads", "sigmoid", "silu").
     """
 
     of: Place
@@ -118,6 +119,7 @@ class Product:
     bias: OnnxTensor | None = None
     norm: OnnxTensor | None = None
     form: str = ""
+    spelled: tuple[OnnxTensor, OnnxTensor] | None = None
 
     @property
     def rows(self) -> int:
@@ -125,7 +127,16 @@ class Product:
         return self.stop - self.start
 
 
-Value = Count | Place | Product
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spelled:
+    """`of` as integers, with the `scale` and `zero` that they have."""
+
+    of: Place
+    scale: OnnxTensor
+    zero: OnnxTensor
+
+
+Value = Count | Place | Product | Spelled | Matrix
 V = TypeVar("V", bound=Value)
 
 
@@ -137,7 +148,8 @@ class MisfitError(Exception):
 class Reading:
     """The record of following a graph: `values` by name, `bound` tensors, rotary tables, and what is not as the model has it.
 
-    `cache`: by block the scales of keys and values that are kept in 8 bits.
+    `cache`: by block the scales of keys and values that are kept in 8 bits. `integers`: by name scale and zero of values that were
+    integers; `inputs`: those of the inputs of a layer, None where they stay floats.
     """
 
     folder: OnnxFolder
@@ -148,6 +160,8 @@ class Reading:
     bound: list[Bound] = field(default_factory=list)
     rotary: list[tuple[OnnxTensor, OnnxTensor]] = field(default_factory=list)
     cache: dict[int, tuple[OnnxTensor, OnnxTensor]] = field(default_factory=dict)
+    integers: dict[str, tuple[OnnxTensor, OnnxTensor]] = field(default_factory=dict)
+    inputs: dict[tuple[int | None, str], tuple[OnnxTensor, OnnxTensor] | None] = field(default_factory=dict)
     defects: list[Defect] = field(default_factory=list)
 
     def say(self, where: str, what: str) -> None:
@@ -199,6 +213,7 @@ class Reading:
 
     def bind(self, layer: int | None, kind: str, product: Product) -> None:
         """Note that a product is that layer's: its rows and its bias."""
+        self.inputs[layer, kind] = product.spelled
         where = {"start": product.start, "stop": product.stop, "node": product.node}
         self.bound.append(Bound(key=(layer, kind, "weight"), held=product.matrix, **where))  # type: ignore[arg-type]
         if product.bias is not None:

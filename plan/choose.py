@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from r1q.core.errors import UsageError
 from r1q.core.recipe import BITS_PRESETS, Recipe, integer_recipe
-from r1q.core.scheme import GRIDS, INT_GRIDS
+from r1q.core.scheme import GRIDS, INT_GRIDS, WHOLE_ROW
 from r1q.core.tensors import TensorSpec
 
 INTEGER_BITS = tuple(GRIDS[name].bits for name in INT_GRIDS)
 DEFAULT_BITS = 4
 HEAD_BITS = (4, 8)
+W8A8 = "w8a8"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +49,28 @@ def choose_recipe(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
     """
     if wish.bits is not None and wish.scheme is not None:
         raise UsageError("give --bits or --scheme, not both: --scheme already says the bits")
+    if wish.scheme is not None and wish.scheme.lower() == W8A8:
+        return _with_activations(wish, tensors)
     if wish.scheme is not None:
         if wish.group_size is not None or wish.head_bits is not None or not wish.symmetric:
             raise UsageError("--group-size, --head-bits and --asymmetric go with --bits; a --scheme has its own")
         recipe = Recipe.load(wish.scheme)
         return Choice(recipe=recipe, reason=f"{recipe.name}, as --scheme says")
     return _integers(wish, tensors) if wish.integers else _preset(wish, tensors)
+
+
+def _with_activations(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
+    if not set(wish.formats) <= {"onnx"}:
+        other = next(name for name in wish.formats if name != "onnx")
+        raise UsageError(
+            f"{W8A8} goes to ONNX alone: a {other} file has no place for the ranges of activations; --to onnx, "
+            "or --scheme q8_0 (GGUF), --bits 8 --to gptq"
+        )
+    if wish.group_size is not None or wish.head_bits is not None or not wish.symmetric:
+        raise UsageError(f"--group-size, --head-bits and --asymmetric go with --bits; {W8A8} has one scale a row")
+    recipe = replace(integer_recipe(8, WHOLE_ROW, True, tensors), name=W8A8)
+    reason = f"{W8A8} ({recipe.base}): 8-bit weights and 8-bit inputs, as --scheme says; embedding and head in 8 bits"
+    return Choice(recipe=recipe, reason=reason)
 
 
 def _preset(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:

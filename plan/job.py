@@ -10,7 +10,8 @@ from typing import Literal
 from r1q.core.artifact import OutputFolder, newest_output
 from r1q.core.errors import CheckError, ResourceError, UsageError
 from r1q.models.embedded import OpenedModel, open_model
-from r1q.plan.choose import Choice, Wish, choose_recipe
+from r1q.plan.activations import ActivationText
+from r1q.plan.choose import W8A8, Choice, Wish, choose_recipe
 from r1q.plan.kv_cache import CacheText, cache_text
 from r1q.plan.memory import Workload, ceiling, fit_engine, memory_parts, rounding_parts, short_of
 from r1q.plan.plan import Plan, make_plan
@@ -36,6 +37,7 @@ class Job:
     asymmetric: bool = False
     head_bits: int | None = None
     kv: str = "float"
+    activations: str | None = None
     method: str | None = None
     imatrix: Path | None = None
     effort: str | None = None
@@ -54,7 +56,21 @@ class Job:
     @property
     def calibrated(self) -> bool:
         """Whether the model sees text: asked for by `method`, or by an option that means nothing without it."""
-        return self.method == "gptq" or (self.method is None and bool(self.effort or self.calibration))
+        text = self.calibration and not self.static
+        return self.method == "gptq" or (self.method is None and bool(self.effort or text))
+
+    @property
+    def static(self) -> bool:
+        """Whether inputs become integers too, in ranges found beforehand."""
+        return self.scheme is not None and self.scheme.lower() == W8A8
+
+    @property
+    def inputs(self) -> ActivationText | None:
+        """The text that inputs are measured on, None where they stay floats."""
+        if not self.static:
+            return None
+        text = {"calibration": self.calibration or "builtin", "method": self.activations or "best"}
+        return ActivationText(samples=self.samples, length=self.seq_len, **text)
 
     @property
     def wish(self) -> Wish:
@@ -108,7 +124,9 @@ def plan_job(opened: OpenedJob) -> Plan:
 def refuse_contradictions(job: Job) -> None:
     """Raise `UsageError` for options that do not go together."""
     cache_text(job.kv, job.formats, CacheText())
-    if job.method == "rtn" and (job.effort or (job.calibration and job.cache is None)):
+    if job.activations is not None and not job.static:
+        raise UsageError("--activations says how ranges of inputs are found: it goes with --scheme w8a8")
+    if job.method == "rtn" and (job.effort or (job.calibration and job.cache is None and not job.static)):
         raise UsageError("--method rtn looks at no text: leave --effort and --calibration out, or the method")
     if job.calibrated and job.imatrix is not None:
         raise UsageError(
@@ -130,7 +148,7 @@ def run_job(opened: OpenedJob, plan: Plan) -> Iterator[Event | Exported]:
     output = OutputFolder(job_folder(job, plan))
     refuse_little_memory(opened, plan)
     calibration = _calibration(opened, plan) if job.calibrated else None
-    for event in quantize_model(opened.model, plan, output, calibration, job.cache):
+    for event in quantize_model(opened.model, plan, output, calibration, job.cache, job.inputs):
         if job.strict and isinstance(event, Event) and event.what == "note":
             raise CheckError(f"--strict: {event.name}")
         yield event

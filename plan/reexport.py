@@ -41,6 +41,10 @@ def reexport(
     output = _open_output(path, folder)
     checkpoint = QuantizedCheckpoint.open(output.checkpoint)
     records = checkpoint.records.values()
+    if "gptq" in formats and checkpoint.activations is not None:
+        raise UsageError(
+            "a GPTQ folder has no place for the ranges of activations that this checkpoint holds; --to onnx has"
+        )
     try:
         refuse_unfit((PlannedTensor(spec=r.spec, scheme=r.scheme, wanted=r.wanted) for r in records), formats)
     except UsageError as error:

@@ -15,8 +15,11 @@ from r1q.core.checkpoint import MANIFEST, QuantizedCheckpoint
 from r1q.core.errors import InputError, MissingError
 from r1q.core.files import remove_leftovers, sha256_file
 from r1q.models.embedded import OpenedModel
+from r1q.models.source import ModelSource
+from r1q.plan.activations import ActivationText, balanced_source
 from r1q.plan.kv_cache import CacheText, cache_scales
 from r1q.plan.plan import Plan
+from r1q.quantize.balance import BalancedSource
 from r1q.quantize.run import Calibration, Event, Request, quantize_checkpoint
 
 
@@ -40,15 +43,27 @@ def quantize_model(
     output: OutputFolder,
     calibrated: Calibration | None = None,
     cache: CacheText | None = None,
+    activations: ActivationText | None = None,
 ) -> Iterator[Event | Exported]:
     """Quantize and export `model` as `plan` says into `output`, yielding events; one `Exported` for each format.
 
-    With `calibrated` blocks are coded by GPTQ on that text, else rounded to nearest. `cache` as in `export_checkpoint`.
+    With `calibrated` blocks are coded by GPTQ on that text, else rounded to nearest. `cache` as in `export_checkpoint`. With
+    `activations` inputs are measured on that text, and channels balanced, before.
 
     The same call on a finished folder yields «already done» and changes nothing.
     """
     output.refuse_foreign()
-    source = model.source
+    if not (output.checkpoint / MANIFEST).is_file():
+        plan.check_disk(output.path)
+        _refuse_unexportable(model.source.path, plan.formats)
+    source: ModelSource | BalancedSource = model.source
+    notes: list[str] = []
+    for found in () if activations is None else balanced_source(model.source, output, activations):
+        if isinstance(found, Event):
+            notes += [found.name] if found.what == "note" else []
+            yield found
+        else:
+            source = found
     request = Request(
         model=plan.model,
         origin=model.origin,
@@ -59,15 +74,13 @@ def quantize_model(
         importance={} if plan.statistics is None else plan.statistics.importance,
         calibration=None if plan.statistics is None else plan.statistics.calibration,
         calibrated=calibrated,
+        notes=(*plan.notes, *notes),
     )
-    if not (output.checkpoint / MANIFEST).is_file():
-        plan.check_disk(output.path)
-        _refuse_unexportable(source.path, plan.formats)
     yield from quantize_checkpoint(source, request, output.checkpoint)
     # With an adapter no folder holds the float model, and bench shall not compare with the base as if it were.
-    if "adapter" not in model.origin and find_reference(output.path) != source.path.resolve():
+    if "adapter" not in model.origin and find_reference(output.path) != model.source.path.resolve():
         # Not only on the first run: a kill just after the manifest, or a source that moved, would leave bench without its reference.
-        output.remember_source(source.path)
+        output.remember_source(model.source.path)
     yield from export_checkpoint(output, plan.formats, cache)
 
 

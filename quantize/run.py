@@ -69,7 +69,7 @@ class Request:
 
     `importance` maps GGUF tensor names to mean squared activations [columns]; `calibration` says where they came from. With
     `calibrated` the blocks are coded by GPTQ on their own inputs, else everything is what `store` makes of it, rounding to nearest
-    for None.
+    for None. `notes` are events of the manifest.
     """
 
     model: str
@@ -82,6 +82,7 @@ class Request:
     calibration: Mapping[str, object] | None = None
     calibrated: Calibration | None = None
     store: Store | None = None
+    notes: tuple[str, ...] = ()
 
     def unweighted(self) -> list[PlannedTensor]:
         """Return the matrices that have no importance although there is some for others."""
@@ -247,7 +248,7 @@ def _write_manifest(
         f"{r.spec.name}: {r.wanted} does not divide rows of {r.spec.columns}, stored as {r.scheme}" for r in fell_back
     ]
     events += [f"{tensor.spec.name}: no importance given, plain search" for tensor in request.unweighted()]
-    events += [event for entry in finished for event in entry.events]
+    events += [*request.notes, *(event for entry in finished for event in entry.events)]
     coverage = {entry.file: list(entry.coverage) for entry in finished if entry.coverage}
     manifest: dict[str, object] = {
         **job,

@@ -76,9 +76,11 @@ def main() -> None:
     peer += ["--interrupt_requests", "False"]
     runs = [
         ("r1q serve --parallel 16", [*own, "--parallel", "16"], count),
+        ("r1q serve --parallel 16 --threads 1", [*own, "--parallel", "16", "--threads", "1"], count),
         ("r1q serve --parallel 4", [*own, "--parallel", "4"], count),
         ("r1q serve, one at a time", [*own, "--parallel", "4"], 1),
         ("llama_cpp.server", peer, count),
+        ("llama_cpp.server --n_threads 1", [*peer, "--n_threads", "1"], count),
         ("llama_cpp.server, one at a time", peer, 1),
     ]
     for name, command, at_once in runs:
