@@ -42,7 +42,7 @@ COMMANDS = {
     ),
     "export": Lazy(
         "r1q.commands.export",
-        "Write another format from CHECKPOINT, a folder that `r1q quantize` made: codes are copied, never made again.",
+        "Write another format from CHECKPOINT, a folder that `r1q quantize` made or anybody's GPTQ folder; codes are copied.",
     ),
     "heal": Lazy(
         "r1q.commands.heal",

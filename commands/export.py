@@ -20,7 +20,7 @@ import click
 )
 @click.option("--calibration", metavar="SPEC", default="builtin", show_default=True, help="Text for --kv int8.")
 def export(checkpoint: Path, formats: str, output: Path | None, kv: str, calibration: str) -> None:
-    """Write another format from CHECKPOINT, a folder that `r1q quantize` made: codes are copied, never made again."""
+    """Write another format from CHECKPOINT, a folder that `r1q quantize` made or anybody's GPTQ folder; codes are copied."""
     from r1q.core.formats import parse_formats
     from r1q.plan.kv_cache import CacheText, cache_text
     from r1q.plan.reexport import reexport

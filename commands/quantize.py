@@ -42,8 +42,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a file that runs here.
 
-    MODEL is a Hugging Face checkpoint folder (safetensors) of a Llama, Qwen2 or Qwen3 model (DeepSeek-R1's distills and their like),
-    or a hub id, org/name or org/name@revision, which is downloaded. Without MODEL the small embedded model is taken.
+    MODEL is a Hugging Face checkpoint folder (safetensors) of a Llama, Qwen2, Qwen3, Qwen3-MoE or DeepSeek model (R1, its distills and
+    their like), or a hub id, org/name or org/name@revision, which is downloaded. Without MODEL the small embedded model is taken.
     The command can be killed at any moment: run it again and it goes on.
 
     \b
