@@ -83,7 +83,7 @@ COMMANDS = {
     ),
     "verify": Lazy(
         "r1q.commands.verify",
-        "Prove that PATH (an output folder or an artifact in it) is whole and holds its checkpoint's weights, every one.",
+        "Prove that each PATH (an output folder or an artifact in it) is whole and holds its checkpoint's weights, every one.",
     ),
 }
 
