@@ -65,6 +65,7 @@ def serve(artifact: Path | None, question: str | None, **options: Any) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # below it: a line for every request that is no HTTP
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # and one for every piece that a client did not wait for
     settings = Settings(**{**options, "parallel": 1} if question is not None else options)
     if question is not None:
         _answer(open_artifact(artifact or newest_or_embedded(), settings), question)

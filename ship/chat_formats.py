@@ -128,15 +128,25 @@ def recognize(template: str, *, bos: str, eos: str) -> Recognized | None:
         ]
     except InputError:
         return None
-    begins = bool(bos) and all(text.startswith(bos) for text in texts)
-    bodies = [text.removeprefix(bos) for text in texts] if begins else texts
     for known in FORMATS:
-        found = _with_system(known, bodies)
-        if found is not None and all(
-            _opened(found, body) == found.render(turns) for body, turns in zip(bodies, _PROBES, strict=True)
-        ):
-            return Recognized(format=found, begins=begins)
+        # SmolLM2 begins a text with <|im_start|>, which is also how ChatML begins a message: as it stands is tried first.
+        found = _match(known, texts)
+        if found is not None:
+            return Recognized(format=found, begins=False)
+        if bos and all(text.startswith(bos) for text in texts):
+            found = _match(known, [text.removeprefix(bos) for text in texts])
+            if found is not None:
+                return Recognized(format=found, begins=True)
     return None
+
+
+def _match(known: ChatFormat, bodies: Sequence[str]) -> ChatFormat | None:
+    """Return the format, with the template's own system texts, if it writes every probe as `bodies` have it."""
+    found = _with_system(known, bodies)
+    same = found is not None and all(
+        _opened(found, body) == found.render(turns) for body, turns in zip(bodies, _PROBES, strict=True)
+    )
+    return found if same else None
 
 
 def _opened(known: ChatFormat, body: str) -> str:

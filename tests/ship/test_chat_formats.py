@@ -82,6 +82,12 @@ def test_go_writes_what_jinja_writes(template: str, name: str, forced: str, talk
     assert render_go(found.format.go(BOS if found.begins else ""), data) == expected + forced
 
 
+def test_a_beginning_that_is_also_chatmls_own_is_chatml() -> None:
+    found = recognize(CHATML, bos="<|im_start|>", eos="<|im_end|>")
+    assert found is not None
+    assert (found.format.name, found.begins) == ("ChatML", False)
+
+
 def test_a_thought_that_is_going_on_is_written_out() -> None:
     found = recognize(own_template(), bos=BOS, eos=EOS)
     assert found is not None
