@@ -129,14 +129,14 @@ def recognize(template: str, *, bos: str, eos: str) -> Recognized | None:
     except InputError:
         return None
     for known in FORMATS:
-        # SmolLM2 begins a text with <|im_start|>, which is also how ChatML begins a message: as it stands is tried first.
-        found = _match(known, texts)
-        if found is not None:
-            return Recognized(format=found, begins=False)
         if bos and all(text.startswith(bos) for text in texts):
             found = _match(known, [text.removeprefix(bos) for text in texts])
             if found is not None:
                 return Recognized(format=found, begins=True)
+        # SmolLM2 begins a text with <|im_start|>, which is also how ChatML begins a message: nothing is taken off then.
+        found = _match(known, texts)
+        if found is not None:
+            return Recognized(format=found, begins=False)
     return None
 
 
