@@ -150,8 +150,10 @@ def add_columns(
     return Columns(
         weight=data.add(f"{name}.weight", "int8", (columns, rows), codes),
         scales=data.add(f"{name}.scales", "float32", (rows,), scales),
-        input_scale=data.add(f"{name}.input_scale", "float32", (), lambda: iter([np.float32([inputs.scale])])),
-        input_zero=data.add(f"{name}.input_zero", "uint8", (), lambda: iter([np.uint8([inputs.zero])])),
+        input_scale=data.add(
+            f"{name}.input_scale", "float32", (), lambda: iter([np.array([inputs.scale], np.float32)])
+        ),
+        input_zero=data.add(f"{name}.input_zero", "uint8", (), lambda: iter([np.array([inputs.zero], np.uint8)])),
     )
 
 

@@ -134,7 +134,8 @@ def _place_ends(
     table = head.matrix
     if not config.tied:
         table = _place_linear(checkpoint, data, "model.embed_tokens", [spec], specs).matrix
-    if isinstance(table, str):
+    if not isinstance(table, Blocks):
+        assert isinstance(table, str)  # integers as inputs are of layers inside the blocks
         return table, head
     # GatherBlockQuantized wants rows of bytes where MatMulNBits wants rows of blocks of bytes.
     rows = data.alias("model.embed_tokens.rows", table.weight, (spec.rows, spec.columns * table.form.bits // 8))
