@@ -17,7 +17,7 @@ from r1q.runtimes.base import Device
 
 TABLE = Path(__file__).resolve().parent / "targets.toml"
 EFFICIENCY = 0.6
-"""The share of nominal bandwidth that an estimate counts with; llama.cpp reaches about that on CPUs and a little more on GPUs."""
+"""The share of nominal bandwidth that an estimate counts with: an assumption, too high for models that fit into caches."""
 MAX_TABLE = 1 << 20
 
 
