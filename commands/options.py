@@ -29,8 +29,8 @@ GRID = (
     click.Option(["--asymmetric"], is_flag=True, help="Integers with a zero point a group."),
     click.Option(
         ["--activations"],
-        type=click.Choice(["best", "minmax", "percentile", "entropy"]),
-        help="How w8a8 finds ranges of inputs.  [default: best, the one of least error for each input]",
+        type=click.Choice(["minmax", "percentile", "entropy"]),
+        help="How w8a8 finds ranges of inputs.  [default: minmax]",
     ),
     click.Option(
         ["--kv"],

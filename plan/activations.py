@@ -21,7 +21,6 @@ from r1q.quantize.run import Event
 if TYPE_CHECKING:
     from r1q.quantize.balance import BalancedSource
 
-METHODS = ("best", "minmax", "percentile", "entropy")
 MAX_WINDOWS = 32  # ranges need fewer tokens than second moments do
 
 
@@ -32,7 +31,7 @@ class ActivationText:
     calibration: str = "builtin"
     samples: int = MAX_WINDOWS
     length: int = 512
-    method: str = "best"
+    method: str = "minmax"
 
 
 def balanced_source(

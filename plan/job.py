@@ -69,7 +69,7 @@ class Job:
         """The text that inputs are measured on, None where they stay floats."""
         if not self.static:
             return None
-        text = {"calibration": self.calibration or "builtin", "method": self.activations or "best"}
+        text = {"calibration": self.calibration or "builtin", "method": self.activations or "minmax"}
         return ActivationText(samples=self.samples, length=self.seq_len, **text)
 
     @property
