@@ -14,7 +14,12 @@ import click
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 takes a free one."
 )
-@click.option("--api-key", envvar="R1Q_API_KEY", show_envvar=True, help="Key that clients must send. [default: none]")
+@click.option(
+    "--api-key",
+    envvar="R1Q_API_KEY",
+    show_envvar=True,
+    help="Key that clients must send; /health alone is open. [default: none]",
+)
 @click.option("--name", help="What clients call the model. [default: the artifact's name]")
 @click.option("--runtime", metavar="NAME", help="Runtime adapter. [default: the one that opens the format]")
 @click.option(

@@ -27,10 +27,15 @@ BODY_SECONDS = 30.0  # a body that takes longer to arrive is given up
 
 
 class Guard:
-    """An ASGI application in front of another. `key` None lets everyone in; `local` demands a loopback host name."""
+    """An ASGI application in front of another. `key` None lets everyone in; `local` demands a loopback host name.
 
-    def __init__(self, app: App, *, key: str | None, local: bool, most_bytes: int) -> None:
-        self._app, self._local, self._most = app, local, most_bytes
+    `refused` is told the status of everything that is turned away here.
+    """
+
+    def __init__(
+        self, app: App, *, key: str | None, local: bool, most_bytes: int, refused: Callable[[int], None]
+    ) -> None:
+        self._app, self._local, self._most, self._refused = app, local, most_bytes, refused
         self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,6 +48,7 @@ class Guard:
             self._check(scope["path"], headers)
             receive = await self._read(headers, receive)
         except Refused as refused:
+            self._refused(refused.status)
             await send_refusal(refused, send)
             return
         except ConnectionError:

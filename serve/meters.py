@@ -14,6 +14,16 @@ _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1,
 _BETWEEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 _REQUEST = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 ENDINGS = ("stop", "length", "abort", "error")
+_REFUSALS = (
+    400,
+    401,
+    403,
+    404,
+    413,
+    429,
+    500,
+    503,
+)  # there from the beginning, so that an alert's rate sees the first one
 
 
 class Meters:
@@ -46,6 +56,8 @@ class Meters:
         )
         self._ended = {reason: ended.labels(model, reason) for reason in ENDINGS}
         self._refused = refused
+        for status in _REFUSALS:
+            refused.labels(model, str(status))
 
     def ended(self, job: Job, reason: str) -> None:
         """Count a request that ended: stop, length, abort (its client left) or error."""

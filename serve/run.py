@@ -129,7 +129,13 @@ async def _serve(opened: Opened, listener: socket.socket, settings: Settings, re
 
 async def _listen(service: Service, listener: socket.socket, settings: Settings, ready: Callable[[], None]) -> None:
     local = is_loopback(listener.getsockname()[0])
-    app = Guard(make_app(service), key=settings.api_key, local=local, most_bytes=settings.most_bytes)
+    app = Guard(
+        make_app(service),
+        key=settings.api_key,
+        local=local,
+        most_bytes=settings.most_bytes,
+        refused=service.meters.refused,
+    )
     config = uvicorn.Config(
         app,
         log_config=None,

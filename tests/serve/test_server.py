@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import socket
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -196,52 +194,12 @@ def test_raw_bytes_do_no_harm(server: Any) -> None:
 def test_a_client_that_leaves_is_forgotten(stream: bool, server: Any) -> None:
     name, reason = "vllm:request_success_total", {"finished_reason": "abort"}
     before = server.samples()[server.key(name, **reason)]
-    links = [server.ask(stream=stream) for _ in range(8)]  # four are answered, four wait
+    links = [server.ask(stream=stream) for _ in range(100)]  # four are answered, the others wait
     for link in links:
         link.close()
-    server.wait(name, before + 8, **reason)
+    server.wait(name, before + 100, **reason)
     after = server.samples()
     assert after[server.key("vllm:num_requests_running")] == after[server.key("vllm:num_requests_waiting")] == 0
-
-
-def test_metrics_are_prometheuss_and_only_grow(server: Any) -> None:
-    before = server.samples()
-    seen: list[dict[Any, float]] = [before]
-    with server.client() as client, ThreadPoolExecutor(6) as pool:
-        asked = [
-            pool.submit(client.chat.completions.create, model=NAME, messages=question(f"What is {n} + 3?"), seed=n)
-            for n in range(12)
-        ]
-        while not all(job.done() for job in asked):
-            seen.append(server.samples())
-        answers = [job.result() for job in asked]
-    seen.append(server.samples())
-    for earlier, later in itertools.pairwise(seen):
-        falling = [
-            key
-            for key, value in earlier.items()
-            if key[0].endswith(("_total", "_count", "_bucket", "_sum")) and later[key] < value
-        ]
-        assert not falling
-    after = seen[-1]
-
-    def grown(name: str, **labels: str) -> float:
-        return float(after[server.key(name, **labels)] - before[server.key(name, **labels)])
-
-    assert grown("vllm:generation_tokens_total") == sum(a.usage.completion_tokens for a in answers)
-    assert grown("vllm:prompt_tokens_total") == sum(a.usage.prompt_tokens for a in answers)
-    assert grown("vllm:request_success_total", finished_reason="stop") == 12
-    for name in (
-        "time_to_first_token",
-        "e2e_request_latency",
-        "request_queue_time",
-        "request_prefill_time",
-        "request_decode_time",
-    ):
-        assert grown(f"vllm:{name}_seconds_count") == 12
-    assert grown("vllm:inter_token_latency_seconds_count") == sum(a.usage.completion_tokens - 1 for a in answers)
-    assert 0 < grown("vllm:time_to_first_token_seconds_sum") <= grown("vllm:e2e_request_latency_seconds_sum")
-    assert after[server.key("vllm:num_requests_running")] == 0
 
 
 @pytest.mark.parametrize(
