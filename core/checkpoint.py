@@ -165,6 +165,13 @@ class QuantizedCheckpoint:
         path = self.sidecar / ACTIVATIONS
         return Activations.read(path) if path.is_file() else None
 
+    @property
+    def permutations_sha256(self) -> str | None:
+        """The sha256 that the file of permutations had when it was written; None where there is none."""
+        origin = self.manifest.get("origin")
+        digest = origin.get("permutations") if isinstance(origin, Mapping) else None
+        return None if digest is None else str(digest)
+
     def spec(self, name: str) -> TensorSpec:
         """Return one tensor's facts."""
         return self.records[name].spec
@@ -194,8 +201,10 @@ class QuantizedCheckpoint:
     def permutation(self, name: str) -> NDArray[np.int32] | None:
         """Return which input each stored column of a weight is of [columns], None where columns stand in order.
 
-        Raises `InputError` where the file of permutations is damaged.
+        Raises `InputError` where the file of permutations is damaged or gone.
         """
+        if self.permutations_sha256 is not None and not (self.path / PERMUTATIONS).is_file():
+            raise InputError(f"{self.path / PERMUTATIONS} is missing: nobody knows the order of columns; import again")
         if not self._orders and (self.path / PERMUTATIONS).is_file():
             file = SafetensorsFile.open(self.path / PERMUTATIONS)
             for weight in file.tensors:

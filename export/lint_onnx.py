@@ -110,6 +110,19 @@ def _levels(model: _Model) -> Iterator[Finding]:
             yield Finding(what=what, count=len(found), cost=cost, mend=mend)
 
 
+def _orders(model: _Model) -> Iterator[Finding]:
+    """Inputs that are put in another order before a product: what act-order costs once it is no g_idx."""
+    found = [
+        node for node in model.of("Gather")
+        if node.attributes.get("axis", 0) in (-1, 2) and _dtype(model, node.input(1)) in ("int64", "int32")
+    ]  # fmt: skip
+    if found:
+        copied = sum(tensor.size for node in found if (tensor := model.held(node.input(1))) is not None)
+        cost = f"{copied} inputs are copied one by one for every token of a prompt and of an answer"
+        mend = "quantize without act-order: desc_act false, or gptqmodel's act_group_aware, which needs no order"
+        yield Finding(what="Gather of a product's inputs (act-order)", count=len(found), cost=cost, mend=mend)
+
+
 def _block_sizes(model: _Model) -> Iterator[Finding]:
     mend = f"{_ANEW} --group-size 32 (64, 128)"
     sizes = Counter(node.attributes.get("block_size") for node in model.matrices)
@@ -216,7 +229,7 @@ def _caches(model: _Model) -> Iterator[Finding]:
 
 
 _RULES = (
-    _whole_matrices, _levels, _block_sizes, _embedding, _float_matrices, _logits, _rotary, _lengths, _caches,
+    _whole_matrices, _orders, _levels, _block_sizes, _embedding, _float_matrices, _logits, _rotary, _lengths, _caches,
 )  # fmt: skip
 
 

@@ -2,14 +2,16 @@
 
 Block-quantized matrices are laid out as the operator MatMulNBits of ONNX Runtime wants them (its schema in `contrib_defs.cc`):
 B uint8 [N, blocks, block·bits/8], codes along the inputs, low bits first; scales float32 [N, blocks]; zero points packed along the
-blocks, each row padded to a byte, only where they are not the middle code. `w = scale · (code − zero)`.
+blocks, each row padded to a byte, only where they are not the middle code. `w = scale · (code − zero)`. Where a checkpoint's columns
+stand in another order than its inputs (act-order), they stay so: whoever multiplies puts the inputs in that order.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,16 +20,18 @@ from r1q.core.activations import Range
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.formats import BlockForm, onnx_form
 from r1q.core.integers import pack_bits
+from r1q.core.qtensor import QuantizedTensor
 from r1q.core.tensors import TensorSpec
 
 ALIGNMENT = 64
 SLAB_BYTES = 1 << 24
 Pieces = Callable[[], Iterator[NDArray[np.generic]]]
+Order = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """A tensor of the data file: `dtype` uint8 or float32, its shape, and the bytes `offset` … `offset` + `length`."""
+    """A tensor of the data file: `dtype` uint8, int8, int64 or float32, its shape, and the bytes `offset` … `offset` + `length`."""
 
     name: str
     dtype: str
@@ -89,24 +93,36 @@ class Blocks:
 
 
 def add_blocks(
-    data: DataFile, checkpoint: QuantizedCheckpoint, name: str, specs: Sequence[TensorSpec], form: BlockForm
+    data: DataFile,
+    checkpoint: QuantizedCheckpoint,
+    name: str,
+    specs: Sequence[TensorSpec],
+    form: BlockForm,
+    order: Order | None = None,
 ) -> Blocks:
-    """Place matrices of one form and one number of columns, stacked along their rows, as `name`.weight, .scales (and .zeros)."""
+    """Place matrices of one form and one number of columns, stacked along their rows, as `name`.weight, .scales (and .zeros).
+
+    With `order` [rows of each] row i of a matrix is its row `order[i]`; one whole matrix is in memory then.
+    """
     rows, columns = sum(spec.rows for spec in specs), specs[0].columns
     count = columns // form.block
 
+    def tensors() -> Iterator[QuantizedTensor]:
+        for spec, start, stop in _slabs(specs, whole=order is not None):
+            yield checkpoint.read(spec.name, start, stop, in_order=False)
+
     def codes() -> Iterator[NDArray[np.generic]]:
-        for spec, start, stop in _slabs(specs):
-            yield pack_bits(checkpoint.read(spec.name, start, stop).codes, form.bits)
+        for tensor in tensors():
+            yield pack_bits(_rows(tensor.codes, order), form.bits)
 
     def scales() -> Iterator[NDArray[np.generic]]:
-        for spec, start, stop in _slabs(specs):
-            params = checkpoint.read(spec.name, start, stop).params
-            yield np.repeat(params["scales" if "scales" in params else "d"].astype(np.float32), form.repeats, axis=1)
+        for tensor in tensors():
+            found = _rows(tensor.params["scales" if "scales" in tensor.params else "d"], order)
+            yield np.repeat(found.astype(np.float32), form.repeats, axis=1)
 
     def zeros() -> Iterator[NDArray[np.generic]]:
-        for spec, start, stop in _slabs(specs):
-            found = checkpoint.read(spec.name, start, stop).params["zeros"].astype(np.uint8)
+        for tensor in tensors():
+            found = _rows(tensor.params["zeros"], order).astype(np.uint8)
             yield pack_bits(np.repeat(found, form.repeats, axis=1), form.bits)
 
     weight = data.add(f"{name}.weight", "uint8", (rows, count, form.block * form.bits // 8), codes)
@@ -157,16 +173,28 @@ def add_columns(
     )
 
 
-def add_floats(data: DataFile, checkpoint: QuantizedCheckpoint, name: str, specs: Sequence[TensorSpec]) -> str:
-    """Place float tensors, matrices stacked along their rows and vectors end to end, as float32."""
+def add_floats(
+    data: DataFile,
+    checkpoint: QuantizedCheckpoint,
+    name: str,
+    specs: Sequence[TensorSpec],
+    order: Order | None = None,
+) -> str:
+    """Place float tensors, matrices stacked along their rows and vectors end to end, as float32; `order` as in `add_blocks`."""
 
     def values() -> Iterator[NDArray[np.generic]]:
-        for spec, start, stop in _slabs(specs):
-            yield checkpoint.read_rows(spec.name, start, stop)
+        for spec, start, stop in _slabs(specs, whole=order is not None):
+            yield _rows(checkpoint.read_rows(spec.name, start, stop), order)
 
     first = specs[0].shape
     shape = (sum(spec.shape[0] for spec in specs), *first[1:])
     return data.add(name, "float32", shape, values)
+
+
+def add_order(data: DataFile, order: Order) -> str:
+    """Place the order of a product's inputs as int64; equal orders are one tensor, named by what is in it."""
+    name = f"model.order.{hashlib.sha256(order.astype('<i4').tobytes()).hexdigest()[:16]}"
+    return name if name in data.placed else data.add(name, "int64", order.shape, lambda: iter([order]))
 
 
 def common_form(checkpoint: QuantizedCheckpoint, specs: Sequence[TensorSpec]) -> tuple[BlockForm | None] | None:
@@ -175,8 +203,12 @@ def common_form(checkpoint: QuantizedCheckpoint, specs: Sequence[TensorSpec]) ->
     return (next(iter(forms)),) if len(forms) == 1 else None
 
 
-def _slabs(specs: Sequence[TensorSpec]) -> Iterator[tuple[TensorSpec, int, int]]:
+def _rows(array: NDArray[Any], order: Order | None) -> NDArray[Any]:
+    return array if order is None else array[order]
+
+
+def _slabs(specs: Sequence[TensorSpec], *, whole: bool = False) -> Iterator[tuple[TensorSpec, int, int]]:
     for spec in specs:
-        step = max(1, SLAB_BYTES // (4 * spec.columns))
+        step = spec.rows if whole else max(1, SLAB_BYTES // (4 * spec.columns))
         for start in range(0, spec.rows, step):
             yield spec, start, min(start + step, spec.rows)

@@ -24,7 +24,12 @@ from r1q.models.config import ModelConfig
 OPSET, IR_VERSION, MICROSOFT = 22, 10, "com.microsoft"
 IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
-_TYPES = {"uint8": TensorProto.UINT8, "int8": TensorProto.INT8, "float32": TensorProto.FLOAT}
+_TYPES = {
+    "uint8": TensorProto.UINT8,
+    "int8": TensorProto.INT8,
+    "int64": TensorProto.INT64,
+    "float32": TensorProto.FLOAT,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +48,7 @@ class _Nodes:
     shape: Shape
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    ordered: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def add(self, operator: str, name: str, inputs: Sequence[str], outputs: Sequence[str] = (), **more: Any) -> str:
         """Add a node; without `outputs` it has one, named after the node."""
@@ -67,6 +73,7 @@ class _Nodes:
     def linear(self, name: str, stem: str, x: str) -> str:
         """Multiply `x` by the transposed matrix of `stem` and add its bias."""
         layer = self.weights.linears[stem]
+        x = self.put_in_order(name, x, layer.order)
         if isinstance(layer.matrix, str):
             product = self.add("FusedMatMul", f"{name}/MatMul", [x, layer.matrix], domain=MICROSOFT, transB=1)
             return self.add_bias(name, product, layer.bias)
@@ -80,6 +87,14 @@ class _Nodes:
             "MatMulNBits", f"{name}/MatMul", inputs, domain=MICROSOFT, K=blocks.columns, N=blocks.rows,
             bits=blocks.form.bits, block_size=blocks.form.block, accuracy_level=self.shape.accuracy_level,
         )  # fmt: skip
+
+    def put_in_order(self, name: str, x: str, order: str | None) -> str:
+        """Put the last axis of `x` in an order, once for all layers that want the same."""
+        if order is None:
+            return x
+        if (x, order) not in self.ordered:
+            self.ordered[x, order] = self.add("Gather", f"{name}/order/Gather", [x, order], axis=-1)
+        return self.ordered[x, order]
 
     def add_bias(self, name: str, product: str, bias: str | None) -> str:
         """Add a layer's bias where it has one."""

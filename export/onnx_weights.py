@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 from r1q.core.cache_scales import CacheScales
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.tensors import TensorSpec
-from r1q.export.onnx_data import Blocks, Columns, DataFile, add_blocks, add_columns, add_floats, common_form
+from r1q.export.onnx_data import (
+    Blocks,
+    Columns,
+    DataFile,
+    Order,
+    add_blocks,
+    add_columns,
+    add_floats,
+    add_order,
+    common_form,
+)
 from r1q.export.rope import frequencies
 from r1q.models.config import ModelConfig
 
@@ -27,11 +37,15 @@ _STACKS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """One product: the matrix, its bias or None, and how many rows come from each of the layers stacked in it."""
+    """One product: the matrix, its bias or None, and how many rows come from each of the layers stacked in it.
+
+    `order` names the tensor that says which input each column of the matrix is for, None where that is the input itself.
+    """
 
     matrix: Matrix
     bias: str | None
     rows: tuple[int, ...]
+    order: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,16 +66,21 @@ class Weights:
 def place_weights(
     checkpoint: QuantizedCheckpoint, config: ModelConfig, data: DataFile, context: int, cache: CacheScales | None = None
 ) -> Weights:
-    """Place every tensor of the model in `data`. q, k and v are stacked, and gate and up, where they share one form."""
+    """Place every tensor of the model in `data`. q, k and v are stacked, and gate and up, where they share one form and order.
+
+    The order of down's inputs costs nothing: gate and up give their rows in it, and what lies between works on each alone.
+    """
     specs = {spec.name: spec for spec in checkpoint.tensors}
     table, head = _place_ends(checkpoint, config, data, specs)
     linears, activations = {"lm_head": head}, checkpoint.activations
     for layer in range(config.num_layers):
+        down = checkpoint.permutation(f"model.layers.{layer}.mlp.down_proj.weight")
         for stem, members in _stacks(checkpoint, specs, layer):
             tensors = [specs[f"{member}.weight"] for member in members]
             inputs = activations.static(layer, tensors[0].kind) if activations else None
             if inputs is None:
-                linears[stem] = _place_linear(checkpoint, data, stem, tensors, specs)
+                order = down if tensors[0].kind in ("ffn_gate", "ffn_up") else None
+                linears[stem] = _place_linear(checkpoint, data, stem, tensors, specs, order)
             else:
                 columns = add_columns(data, checkpoint, stem, tensors, inputs)
                 linears[stem] = _linear(checkpoint, data, stem, tensors, specs, columns)
@@ -78,13 +97,14 @@ def place_weights(
 def _stacks(
     checkpoint: QuantizedCheckpoint, specs: Mapping[str, TensorSpec], layer: int
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the stem of each product of a block and the layers in it; those of different forms or biases stand alone."""
+    """Yield the stem of each product of a block and the layers in it; those of different forms, biases or orders stand alone."""
     block = f"model.layers.{layer}."
     for stem, members in _STACKS.items():
         names = tuple(block + member for member in members)
         alike = common_form(checkpoint, [specs[f"{name}.weight"] for name in names])
         biased = {f"{name}.bias" in specs for name in names}
-        if alike and len(biased) == 1:
+        orders = {_bytes(checkpoint.permutation(f"{name}.weight")) for name in names}
+        if alike and len(biased) == len(orders) == 1:
             yield block + stem, names
             continue
         for name in names:
@@ -97,15 +117,17 @@ def _place_linear(
     stem: str,
     tensors: Sequence[TensorSpec],
     specs: Mapping[str, TensorSpec],
+    order: Order | None = None,
 ) -> Linear:
+    """Place a product, each layer's rows in `order` where there is one."""
     forms = common_form(checkpoint, tensors)
     form = forms[0] if forms else None
     matrix: Table = (
-        add_floats(data, checkpoint, f"{stem}.weight", tensors)
+        add_floats(data, checkpoint, f"{stem}.weight", tensors, order)
         if form is None
-        else add_blocks(data, checkpoint, stem, tensors, form)
+        else add_blocks(data, checkpoint, stem, tensors, form, order)
     )
-    return _linear(checkpoint, data, stem, tensors, specs, matrix)
+    return _linear(checkpoint, data, stem, tensors, specs, matrix, order)
 
 
 def _linear(
@@ -115,11 +137,22 @@ def _linear(
     tensors: Sequence[TensorSpec],
     specs: Mapping[str, TensorSpec],
     matrix: Matrix,
+    order: Order | None = None,
 ) -> Linear:
     names = [tensor.name.removesuffix("weight") + "bias" for tensor in tensors]
     biases = [specs[name] for name in names if name in specs]
-    bias = add_floats(data, checkpoint, f"{stem}.bias", biases) if biases else None
-    return Linear(matrix=matrix, bias=bias, rows=tuple(tensor.rows for tensor in tensors))
+    bias = add_floats(data, checkpoint, f"{stem}.bias", biases, order) if biases else None
+    inputs = None if tensors[0].kind == "ffn_down" else checkpoint.permutation(tensors[0].name)
+    return Linear(
+        matrix=matrix,
+        bias=bias,
+        rows=tuple(tensor.rows for tensor in tensors),
+        order=None if inputs is None else add_order(data, inputs),
+    )
+
+
+def _bytes(order: Order | None) -> bytes:
+    return b"" if order is None else order.tobytes()
 
 
 def _place_ends(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from r1q.core.artifact import ARTIFACTS, CHECKPOINT, WHERE, Artifact, OutputFolder, artifact_files
-from r1q.core.checkpoint import JOB, MANIFEST, QuantizedCheckpoint, TensorRecord
+from r1q.core.checkpoint import JOB, MANIFEST, PERMUTATIONS, QuantizedCheckpoint, TensorRecord
 from r1q.core.errors import InputError
 from r1q.core.files import sha256_file
 from r1q.core.onnx_file import CONFIG as GENAI_CONFIG
@@ -57,6 +57,8 @@ def verify_checkpoint(checkpoint: QuantizedCheckpoint) -> Verified:
     files = checkpoint.manifest.get("files")
     listed = files if isinstance(files, Mapping) else {}
     wanted = {str(name): (checkpoint.path / str(name), str(digest)) for name, digest in listed.items()}
+    if checkpoint.permutations_sha256 is not None:
+        wanted[PERMUTATIONS] = (checkpoint.path / PERMUTATIONS, checkpoint.permutations_sha256)
     outside = [name for name in wanted if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
     if outside:
         raise InputError(f"{checkpoint.path / MANIFEST} names a file outside its folder: {outside[0]}")

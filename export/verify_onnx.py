@@ -20,14 +20,15 @@ from r1q.core.cache_scales import CACHE_SCALES, CacheScales
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import InputError
 from r1q.core.files import sha256_file
-from r1q.core.grids import steps
+from r1q.core.grids import steps, unpack
 from r1q.core.onnx_file import ALL_LOGITS, CONFIG, OnnxFolder
 from r1q.core.onnx_graph import OnnxTensor
-from r1q.core.qtensor import Floats
+from r1q.core.qtensor import Floats, QuantizedTensor
 from r1q.core.tensors import TensorSpec
 from r1q.export.verified import Defect, Verified
 from r1q.export.verify_onnx_graph import follow
 from r1q.export.verify_onnx_integers import input_defects
+from r1q.export.verify_onnx_order import BEFORE_DOWN, Order, in_order, order_defect, row_orders
 from r1q.export.verify_onnx_values import LOGITS, Bound, Key, Logits, Matrix, Reading, stated
 from r1q.export.verify_rope import frequency, turn_scale
 
@@ -155,17 +156,22 @@ class _Comparison:
         specs: dict[Key, TensorSpec] = {(s.layer, s.kind, s.part): s for s in self.checkpoint.tensors}
         if self.config.tied:
             specs[None, "output", "weight"] = specs[None, "token_embd", "weight"]
-        name = reading.graph.path.name
+        name, orders = reading.graph.path.name, row_orders(self.checkpoint, reading, specs)
         logits = reading.values.get(LOGITS)
         if name == ALL_LOGITS and isinstance(logits, Logits) and logits.last:
             yield Defect(where=name, what="gives the last position's logits, not every one's")
         for bound in reading.bound:
             spec = specs.get(bound.key)
+            rows = orders.get(bound.key[0]) if bound.key[1] in BEFORE_DOWN else None
             if spec is None:
                 what = f"holds {bound.key[1]} {bound.key[2]} of block {bound.key[0]}, which the model has not"
                 yield Defect(where=f"{name}: {bound.node}", what=what, difference=math.inf)
-            elif (defect := self._once((spec.name, *_place(bound)), self._tensor, bound, spec)) is not None:
+            elif (defect := order_defect(self.checkpoint, reading, bound, spec)) is not None:
                 yield defect
+            else:
+                place = (spec.name, *_place(bound), None if rows is None else rows.tobytes())
+                if (defect := self._once(place, self._tensor, bound, spec, rows)) is not None:
+                    yield defect
         # After a defect in the graph itself what it could not follow is not missing.
         missing = set(specs) - {bound.key for bound in reading.bound}
         for key in sorted(missing, key=str) if not reading.defects else ():
@@ -180,7 +186,8 @@ class _Comparison:
             self._done[place] = compare(*arguments)
         return self._done[place]
 
-    def _tensor(self, bound: Bound, spec: TensorSpec) -> Defect | None:
+    def _tensor(self, bound: Bound, spec: TensorSpec, order: Order | None) -> Defect | None:
+        """Hold a tensor, whose rows stand in `order`, against the checkpoint's."""
         self.compared.add(spec.name)
         held, rows = bound.held, bound.stop - bound.start
         shape, dtype = ((rows, held.columns), "float32") if isinstance(held, Matrix) else ((rows,), held.dtype)
@@ -191,14 +198,15 @@ class _Comparison:
         step = max(1, SLAB_WEIGHTS // spec.columns) if spec.is_matrix else 1
         for start in range(0, spec.rows, step):
             stop = min(start + step, spec.rows)
+            rows = np.arange(start, stop) if order is None else order[start:stop]
             if not isinstance(held, Matrix):
                 have = self._vector(held, bound.start, bound.stop)
-                found, by = _differences(have, self.checkpoint.read_rows(spec.name, 0, 1).reshape(-1))
+                found, by = _differences(have, in_order(self.checkpoint.read_rows(spec.name, 0, 1).reshape(-1), order))
             elif held.scales is None:
                 values = self._float_rows(held, bound.start + start, bound.start + stop)
-                found, by = _differences(values, self.checkpoint.read_rows(spec.name, start, stop))
+                found, by = _differences(values, self._wanted_floats(spec, rows))
             else:
-                found, by = self._block_rows(held, bound.start, spec, start, stop)
+                found, by = self._block_rows(held, bound.start + start, spec, rows)
             counts = {what: counts[what] + found.get(what, 0) for what in counts}
             largest = max(largest, by)
         return Defect.of_counts(spec.name, counts, largest)
@@ -213,18 +221,26 @@ class _Comparison:
         values: Floats = self.folder.read_rows(held.weight, start, stop)
         return values
 
-    def _block_rows(
-        self, held: Matrix, first: int, spec: TensorSpec, start: int, stop: int
-    ) -> tuple[dict[str, int], float]:
-        """Return how many codes and scales of some rows differ from the checkpoint's, and by how much values do at most."""
-        levels, scales = self._unpacked(held, first + start, first + stop)
+    def _wanted_floats(self, spec: TensorSpec, rows: Order) -> Floats:
+        first = int(rows.min())
+        values: Floats = self.checkpoint.read_rows(spec.name, first, int(rows.max()) + 1)[rows - first]
+        return values
+
+    def _wanted(self, spec: TensorSpec, rows: Order) -> QuantizedTensor:
+        first = int(rows.min())
+        packed = self.checkpoint.packed_rows(spec.name, first, int(rows.max()) + 1)[rows - first]
+        return unpack(self.checkpoint.scheme(spec.name), packed, spec.columns)
+
+    def _block_rows(self, held: Matrix, first: int, spec: TensorSpec, rows: Order) -> tuple[dict[str, int], float]:
+        """Return how many codes and scales of some rows differ from the checkpoint's `rows`, and by how much values do at most."""
+        levels, scales = self._unpacked(held, first, first + len(rows))
         scheme = self.checkpoint.scheme(spec.name)
         counts: dict[str, int] = {}
         if scheme.facts.family == "float":
-            want_values = self.checkpoint.read_rows(spec.name, start, stop)
+            want_values = self._wanted_floats(spec, rows)
             want_levels = want_scales = None
         else:
-            want = self.checkpoint.read(spec.name, start, stop)
+            want = self._wanted(spec, rows)
             grid = steps(scheme, want.params, spec.columns)
             repeats, rest = divmod(grid.group, held.block)
             if rest or grid.table is not None or grid.offset.any():

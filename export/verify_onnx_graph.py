@@ -18,6 +18,7 @@ import numpy as np
 from r1q.core.onnx_file import OnnxFolder
 from r1q.core.onnx_graph import OnnxGraph, OnnxNode, OnnxTensor
 from r1q.export.verify_onnx_integers import dequantize, quantize
+from r1q.export.verify_onnx_order import ordered
 from r1q.export.verify_onnx_values import (
     INT32,
     LOGITS,
@@ -123,7 +124,11 @@ def _gather(reading: Reading, node: OnnxNode) -> None:
             raise MisfitError(f"looks rows up in {table.name!r}, {table.dtype} {list(table.shape)}")
         _look_up(reading, node, Matrix(weight=table, rows=table.shape[0], columns=table.shape[1]))
         return
-    found, indices = reading.values.get(node.input(0)), reading.numbers(node, 1)
+    found, tensor = reading.values.get(node.input(0)), reading.held(node, 1)
+    if isinstance(found, Place) and axis != 1:
+        reading.make(node, replace(found, order=ordered(reading, node, found, tensor)))
+        return
+    indices = reading.numbers(node, 1)
     if found == Count("sides") and indices == [1] and axis == 0:
         reading.make(node, Count("length"))
     elif isinstance(found, Stream | Normed | Attended) and indices == [-1] and axis == 1:
@@ -194,8 +199,12 @@ def _multiply(reading: Reading, node: OnnxNode, matrix: Matrix, bias: OnnxTensor
     of = reading.value(node, 0, Place)
     if not isinstance(of, Normed | Attended | Gated):
         raise MisfitError("multiplies what is neither normalized nor attended nor gated")
-    product = Product(of=of, matrix=matrix, node=str(node), start=0, stop=matrix.rows)
-    product = replace(product, spelled=reading.integers.get(node.input(0)))
+    if of.order is not None and of.order.size != matrix.columns:
+        raise MisfitError(
+            f"has {matrix.columns} columns and takes {of.order.size} inputs in the order {of.order.name!r}"
+        )
+    product = Product(of=replace(of, order=None), matrix=matrix, node=str(node), start=0, stop=matrix.rows)
+    product = replace(product, spelled=reading.integers.get(node.input(0)), order=of.order)
     reading.make(node, product if bias is None else _biased(product, bias))
 
 

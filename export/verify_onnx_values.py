@@ -49,13 +49,17 @@ Key = tuple[int | None, str, str]  # layer, kind and part, as in `core.tensors.T
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """A tensor of the model found in the graph: `key`, and the rows (elements of a vector) [start, stop) of `held` that are it."""
+    """A tensor of the model found in the graph: `key`, and the rows (elements of a vector) [start, stop) of `held` that are it.
+
+    `order`: which inputs the columns are multiplied by, None where those are 0, 1, ….
+    """
 
     key: Key
     held: Matrix | OnnxTensor
     start: int
     stop: int
     node: str
+    order: OnnxTensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +71,14 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Something at `stage`: after so many additions to the residual stream, two a block. `last`: of the last position alone."""
+    """Something at `stage`: after so many additions to the residual stream, two a block. `last`: of the last position alone.
+
+    `order`: its last axis was put in this order.
+    """
 
     stage: int
     last: bool = False
+    order: OnnxTensor | None = None
 
 
 class Stream(Place):
@@ -105,7 +113,7 @@ class Logits(Place):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
-    """Rows [start, stop) of `matrix` times `of`, plus as many of `bias`.
+    """Rows [start, stop) of `matrix` times `of` in an `order`, plus as many of `bias`.
 
     `spelled`: scale and zero of the integers that `of` was rounded to before. `norm`: its heads were normalized with it. `form`: what
     was done to the product since ("heads", "sigmoid", "silu").
@@ -120,6 +128,7 @@ class Product:
     norm: OnnxTensor | None = None
     form: str = ""
     spelled: tuple[OnnxTensor, OnnxTensor] | None = None
+    order: OnnxTensor | None = None
 
     @property
     def rows(self) -> int:
@@ -215,7 +224,8 @@ class Reading:
         """Note that a product is that layer's: its rows and its bias."""
         self.inputs[layer, kind] = product.spelled
         where = {"start": product.start, "stop": product.stop, "node": product.node}
-        self.bound.append(Bound(key=(layer, kind, "weight"), held=product.matrix, **where))  # type: ignore[arg-type]
+        weight = Bound(key=(layer, kind, "weight"), held=product.matrix, order=product.order, **where)  # type: ignore[arg-type]
+        self.bound.append(weight)
         if product.bias is not None:
             self.bound.append(Bound(key=(layer, kind, "bias"), held=product.bias, **where))  # type: ignore[arg-type]
 
