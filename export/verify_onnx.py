@@ -198,15 +198,15 @@ class _Comparison:
         step = max(1, SLAB_WEIGHTS // spec.columns) if spec.is_matrix else 1
         for start in range(0, spec.rows, step):
             stop = min(start + step, spec.rows)
-            rows = np.arange(start, stop) if order is None else order[start:stop]
+            chosen = np.arange(start, stop) if order is None else order[start:stop]
             if not isinstance(held, Matrix):
                 have = self._vector(held, bound.start, bound.stop)
                 found, by = _differences(have, in_order(self.checkpoint.read_rows(spec.name, 0, 1).reshape(-1), order))
             elif held.scales is None:
                 values = self._float_rows(held, bound.start + start, bound.start + stop)
-                found, by = _differences(values, self._wanted_floats(spec, rows))
+                found, by = _differences(values, self._wanted_floats(spec, chosen))
             else:
-                found, by = self._block_rows(held, bound.start + start, spec, rows)
+                found, by = self._block_rows(held, bound.start + start, spec, chosen)
             counts = {what: counts[what] + found.get(what, 0) for what in counts}
             largest = max(largest, by)
         return Defect.of_counts(spec.name, counts, largest)
