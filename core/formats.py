@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from r1q.core.errors import UsageError, unknown_name
-from r1q.core.recipe import PlannedTensor
+from r1q.core.mixtures import ROUTERS
+from r1q.core.recipe import KV_B_HALVES, PlannedTensor
 from r1q.core.scheme import Scheme
+from r1q.core.tensors import TensorSpec
 
 FORMATS = ("gguf", "gptq", "onnx")
 CHECKPOINT_ONLY = "checkpoint"
@@ -43,8 +45,8 @@ def _refuse_experts(tensors: Iterable[PlannedTensor], name: str) -> None:
         raise UsageError(
             "this model has latent attention, which has no GroupQueryAttention form in ONNX; --to gguf holds it"
         )
-    if name in ("onnx", "gptq") and "ffn_gate_inp" in kinds:
-        raise UsageError(f"r1q writes no {name} folder of a model with experts in this version; --to gguf holds it")
+    if name == "onnx" and "ffn_gate_inp" in kinds:
+        raise UsageError("r1q writes no onnx folder of a model with experts in this version; --to gguf,gptq holds it")
 
 
 def _refuse_for_gguf(tensors: Iterable[PlannedTensor]) -> None:
@@ -71,15 +73,30 @@ def _elsewhere(scheme: Scheme) -> str:
     return f"; --to {','.join(holders)} has one" if holders else ""
 
 
+def gptq_packs(spec: TensorSpec, scheme: Scheme) -> bool:
+    """Return whether a GPTQ folder holds this tensor as packed integers."""
+    return spec.layer is not None and spec.is_matrix and scheme.facts.family != "float"
+
+
 def gptq_scheme(planned: Iterable[PlannedTensor]) -> Scheme:
     """Return the one integer scheme of all linear layers inside the blocks, as a GPTQ folder needs it.
 
-    Raises `UsageError` for a tensor with another or none. Embedding and head are stored there in float16 and may be anything.
+    In a model with experts what is no expert may be float; the halves of kv_b, one matrix there, have to be. Raises `UsageError` for
+    a tensor with another scheme or none. Embedding and head are stored there as floats and may be anything.
     """
     found: dict[Scheme, str] = {}
-    for tensor in planned:
+    tensors = tuple(planned)
+    sparse = any(tensor.spec.kind in ROUTERS for tensor in tensors)
+    for tensor in tensors:
         if tensor.spec.layer is None or not tensor.spec.is_matrix:
             continue
+        if sparse and tensor.spec.expert is None and tensor.scheme.facts.family == "float":
+            continue
+        if tensor.spec.kind in KV_B_HALVES:
+            raise UsageError(
+                f"{tensor.spec.name}: kv_b_proj is one matrix in a GPTQ folder and two halves here, so it stays bf16 there; quantize "
+                "with --to gptq from the beginning"
+            )
         scheme = as_integers(tensor.scheme)
         if scheme is None:
             raise UsageError(

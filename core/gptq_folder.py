@@ -263,7 +263,8 @@ def _settings(raw: Mapping[str, Any], where: str) -> GptqSettings:
         symmetric=raw.get("sym", True),
         desc_act=raw.get("desc_act", False),
         version=VERSIONS[layout],
-        dynamic=bool(dynamic),
+        # An exception (`-:`) leaves a layer as it is; only other rules make layers differ.
+        dynamic=any(not str(rule).startswith("-:") for rule in dynamic or ()),
         makers=tuple(str(maker) for maker in (makers if isinstance(makers, list) else [makers])),
     )
 

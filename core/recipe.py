@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -193,18 +193,28 @@ def group_sizes(columns: int) -> list[int]:
     return [size for size in GROUP_SIZES if columns % size == 0]
 
 
+KV_B_HALVES = ("attn_k_b", "attn_v_b")
+"""Kinds that are one matrix, kv_b_proj, outside of r1q and GGUF files."""
+
+
 def integer_recipe(
-    bits: int, group_size: int | None, symmetric: bool, tensors: Iterable[TensorSpec], *, head_bits: int = 8
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    tensors: Iterable[TensorSpec],
+    *,
+    head_bits: int = 8,
+    kept: Collection[str] = (),
 ) -> Recipe:
     """Return the recipe for `bits`-bit integers in every block, with an 8-bit embedding and head (float where 32 does not divide).
 
-    `head_bits` 4 or 8 is the head's; a tied head is the embedding, which then has them too.
+    `head_bits` 4 or 8 is the head's; a tied head is the embedding, which then has them too. Kinds that are `kept` stay bfloat16.
 
     `group_size` None takes the largest of 128, 64 and 32 that divides every row, else the whole row. Symmetric int4 and int8 in
     groups of 32 are llama.cpp's q4_0 and q8_0, and named so.
     """
     matrices = [spec for spec in tensors if spec.is_matrix]
-    inside = [spec for spec in matrices if spec.layer is not None]
+    inside = [spec for spec in matrices if spec.layer is not None and spec.kind not in (*kept, *ROUTERS)]
     if group_size is None:
         common = [size for size in GROUP_SIZES if all(spec.columns % size == 0 for spec in inside)]
         group_size = common[0] if common else WHOLE_ROW
@@ -215,8 +225,11 @@ def integer_recipe(
         for spec in matrices
         if spec.layer is None
     )
+    floats = dict.fromkeys(spec.kind for spec in matrices if spec.layer is not None and spec.kind in kept)
+    rules += tuple(Rule(tensors=f"blk.*.{kind}.weight", scheme=Scheme(grid="bf16")) for kind in floats)
     label = f"int{bits}-{'row' if group_size == WHOLE_ROW else f'g{group_size}'}{'' if symmetric else '-asym'}"
     label += "" if head_bits == 8 else f"-head{head_bits}"
+    label += "-experts" if set(floats) - set(KV_B_HALVES) else ""
     return Recipe(name=label, base=canonical(scheme), rules=rules)
 
 

@@ -15,6 +15,7 @@ from r1q.core.safetensors_file import Entry
 from r1q.core.tensors import TensorSpec
 from r1q.models.config import ModelConfig, config_of
 from r1q.models.families import EMBEDDING, HEAD, tensor_specs
+from r1q.models.layout import Place, lay_out, read_place
 from r1q.models.source import check_repeated_head, sidecar_files
 
 
@@ -24,8 +25,15 @@ class GptqSource:
     `config` is the model's config without quantization_config; `folder` gives the codes themselves.
     """
 
-    def __init__(self, folder: GptqFolder, config: ModelConfig, tensors: tuple[TensorSpec, ...]) -> None:
+    def __init__(
+        self,
+        folder: GptqFolder,
+        config: ModelConfig,
+        tensors: tuple[TensorSpec, ...],
+        places: Mapping[str, Place] = MappingProxyType({}),
+    ) -> None:
         self.path, self.folder, self.config, self.tensors = folder.path, folder, config, tensors
+        self._places = places
         self._specs = MappingProxyType({spec.name: spec for spec in tensors})
         self._last: tuple[str, Floats] | None = None
 
@@ -41,7 +49,8 @@ class GptqSource:
             contained(path, sidecar.name)
         folder = GptqFolder.open(path)
         config = read_config(path, name)
-        headers = _headers(folder)
+        layout = lay_out(config, _headers(folder), str(path))
+        headers = layout.headers
         tensors = tensor_specs(config, headers, str(path))
         if config.tied and HEAD in headers:
             if HEAD not in folder.floats:
@@ -49,14 +58,19 @@ class GptqSource:
                     f"{path}: lm_head is coded, but config.json ties it to the embedding; one of the two is wrong"
                 )
             check_repeated_head(path, folder.file(HEAD), folder.file(EMBEDDING))
-        return cls(folder, config, tensors)
+        return cls(folder, config, tensors, layout.places)
 
     def spec(self, name: str) -> TensorSpec:
         """Return the tensor named `name`; `KeyError` when the model has none."""
         return self._specs[name]
 
+    def part_of_codes(self, name: str) -> bool:
+        """Return whether the tensor `name` is a part of a coded layer (a half of kv_b_proj), with values but no codes of its own."""
+        place = self._places.get(name)
+        return place is not None and self.layer_of(place.stored) is not None
+
     def layer_of(self, name: str) -> str | None:
-        """Return the name of the coded layer whose weight `name` is, None for a tensor of floats."""
+        """Return the name of the coded layer whose weight `name` is, None for a tensor of floats and for a part of another."""
         stem = name.removesuffix(".weight")
         return stem if stem != name and stem in self.folder.layers else None
 
@@ -72,8 +86,17 @@ class GptqSource:
         spec = self.spec(name)
         if not 0 <= start <= stop <= spec.rows:
             raise ValueError(f"rows {start}:{stop} of {name}, which has {spec.rows}")
+        place = self._places.get(name)
+        if place is not None:
+            return read_place(place, self.config, start, stop, self._stored_rows)
+        if len(spec.shape) == 1:
+            return self.folder.read_float(name)
+        return self._stored_rows(name, start, stop)
+
+    def _stored_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Return rows of a stored matrix, dequantized where it is codes."""
         if self.layer_of(name) is None:
-            return self.folder.read_float(name) if len(spec.shape) == 1 else self.folder.read_float(name, start, stop)
+            return self.folder.read_float(name, start, stop)
         if self._last is None or self._last[0] != name:
             self._last = None  # not two layers at once
             self._last = name, self.read_layer(name).dequantize()

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from r1q.core.errors import UsageError
-from r1q.core.recipe import BITS_PRESETS, Recipe, integer_recipe
+from r1q.core.mixtures import ROUTERS
+from r1q.core.recipe import BITS_PRESETS, KV_B_HALVES, Recipe, integer_recipe
 from r1q.core.scheme import GRIDS, INT_GRIDS, WHOLE_ROW
 from r1q.core.tensors import TensorSpec
 
@@ -93,7 +94,8 @@ def _integers(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
     head_bits = 8 if wish.head_bits is None else wish.head_bits
     if head_bits not in HEAD_BITS:
         raise UsageError(f"a head of {head_bits} bits is none of {', '.join(map(str, HEAD_BITS))}")
-    recipe = integer_recipe(bits, group_size, wish.symmetric, tensors, head_bits=head_bits)
+    kept = _kept(bits, wish, tensors)
+    recipe = integer_recipe(bits, group_size, wish.symmetric, tensors, head_bits=head_bits, kept=kept)
     if wish.group_size is not None:
         why = f"groups of {wish.group_size} as asked" if wish.group_size > 0 else "one group a row as asked"
     elif group_size == 32:
@@ -101,8 +103,24 @@ def _integers(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
     else:
         why = "the largest usual group that divides every row"
     ends = "embedding and head in 8 bits" if head_bits == 8 else f"head in {head_bits} bits"
+    if set(kept) - set(KV_B_HALVES):
+        ends += "; experts alone, what thinks stays bf16"
+    elif kept:
+        ends += "; kv_b_proj stays bf16"
     reason = f"{recipe.name} ({recipe.base}): {_asked(wish)}, {why}; {ends}"
     return Choice(recipe=recipe, reason=reason)
+
+
+def _kept(bits: int, wish: Wish, tensors: Sequence[TensorSpec]) -> tuple[str, ...]:
+    """Return the kinds inside of the blocks that stay float in a GPTQ folder: kv_b, and below 8 bits all that is no expert.
+
+    With everything in 4 bits R1 keeps 96.5 % of its reasoning, with experts alone 98.8 % (MoE-Quant's tables).
+    """
+    if "gptq" not in wish.formats:
+        return ()
+    kinds = dict.fromkeys(s.kind for s in tensors if s.is_matrix and s.layer is not None and s.expert is None)
+    sparse = any(spec.expert is not None for spec in tensors)
+    return tuple(kind for kind in kinds if kind in KV_B_HALVES or (sparse and bits < 8 and kind not in ROUTERS))
 
 
 def _asked(wish: Wish) -> str:

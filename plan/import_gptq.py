@@ -4,7 +4,7 @@ What each tensor becomes depends on the formats asked for:
   coded layers     q4_0 or q8_0 where GGUF is asked, blocks of 32 repeating a wider group's scale; else integers in their own groups
   embedding, head  as they are stored (float16, …); in 8 bits where ONNX is asked, which has no fast form of float ones
   layers left out  as they are stored
-  norms, biases    float32
+  norms, biases    float32, and so are routers, and the halves of a kv_b_proj whose codes belong to neither of them
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from r1q.core.formats import refuse_unfit
 from r1q.core.gptq_folder import SETTINGS, GptqLayer
 from r1q.core.grids import pack
 from r1q.core.hf_folder import read_json
+from r1q.core.mixtures import ROUTERS
 from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor, Recipe
 from r1q.core.safetensors_file import write_safetensors
@@ -115,7 +116,7 @@ def _write_orders(folder: Path, orders: Orders) -> str:
 
 
 def _planned(source: GptqSource, spec: TensorSpec, formats: Sequence[str]) -> PlannedTensor:
-    if not spec.is_matrix:
+    if not spec.is_matrix or spec.kind in ROUTERS or source.part_of_codes(spec.name):
         scheme = Scheme(grid="f32")
     elif source.layer_of(spec.name) is not None:
         scheme = _gguf_scheme(source, spec) if "gguf" in formats else _integers(source, spec)
