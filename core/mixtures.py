@@ -2,9 +2,10 @@
 
 llama.cpp's are facts from `llama-quant.cpp` (llama_tensor_get_type, tensor_type_fallback) as of llama-cpp-python 0.3.36.
 `tests/core/test_mixtures.py` holds them against llama.cpp's published bits per weight and against llama_model_quantize itself.
-Two more are for models with experts, which hold most weights and least of what a thought hangs on: `experts_q4_k` codes routed
+Three more are for models with experts, which hold most weights and least of what a thought hangs on: `experts_q4_k` codes routed
 experts in 4 bits and everything else in 8 (98.8 % of R1's reasoning score against 96.5 % with everything in 4 bits, by MoE-Quant's
-tables), and `dq3_k_m` is the 3-bit mix of arXiv 2505.02390 (0.34 % below the 8-bit model).
+tables), `dq3_k_m` is the 3-bit mix of arXiv 2505.02390 (0.34 % below the 8-bit model), and `ud_q2_k_xl` the dynamic 2.51-bit mix that
+Unsloth published of R1 (0.94 %, same source): the counts of each grid that llama.cpp tells of that file leave no other rule.
 """
 
 from __future__ import annotations
@@ -100,6 +101,10 @@ def _every_fifth(layer: int, shape: ModelShape) -> str:
     return "q6_k" if rank < 2 else "q4_k" if rank % 5 == 2 else "q3_k"
 
 
+def _first_three(layer: int, shape: ModelShape) -> str:
+    return "q3_k" if layer - shape.first_sparse < 3 else "q2_k"
+
+
 def _mixtures() -> dict[str, Mixture]:
     def mixture(default: str, head: str = "q6_k", **choices: Choice) -> Mixture:
         return Mixture(default=default, head=head, choices=MappingProxyType(choices))
@@ -127,6 +132,7 @@ def _mixtures() -> dict[str, Mixture]:
 
 
 MIXTURES: Mapping[str, Mixture] = MappingProxyType(_mixtures())
+_SIX_BITS_OF_UD = ("ffn_gate", "ffn_up", "ffn_down", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 _MORE_OF_DQ3 = ("attn_kv_a_mqa", "attn_k_b", "attn_v_b", "ffn_down", "ffn_down_shexp")
 EXPERT_MIXTURES: Mapping[str, Mixture] = MappingProxyType(
     {
@@ -137,6 +143,14 @@ EXPERT_MIXTURES: Mapping[str, Mixture] = MappingProxyType(
                 **dict.fromkeys(_EXPERTS, _always("q3_k")),
                 **dict.fromkeys(_MORE_OF_DQ3, _always("q6_k")),
                 "ffn_down_exps": _every_fifth,
+            },
+        ),
+        "ud_q2_k_xl": Mixture(
+            default="q4_k",
+            choices={
+                **dict.fromkeys(_EXPERTS, _always("q2_k")),
+                **dict.fromkeys(_SIX_BITS_OF_UD, _always("q6_k")),
+                "ffn_down_exps": _first_three,
             },
         ),
     }
