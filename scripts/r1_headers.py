@@ -85,7 +85,7 @@ def feed_forward(name: str, inner: int) -> Iterator[Tensor]:
     yield from linear(f"{name}.down_proj", HIDDEN, inner)
 
 
-def layer(number: int) -> Iterator[Tensor]:
+def layer(number: int, experts: int = EXPERTS) -> Iterator[Tensor]:
     """Yield the tensors of a layer; the one behind the last predicts a second token and has five more."""
     stem = f"model.layers.{number}"
     for norm, size in (("input_layernorm", HIDDEN), ("post_attention_layernorm", HIDDEN)):
@@ -100,10 +100,10 @@ def layer(number: int) -> Iterator[Tensor]:
     if number < DENSE:
         yield from feed_forward(f"{stem}.mlp", 18432)
     else:
-        yield f"{stem}.mlp.gate.weight", "BF16", (EXPERTS, HIDDEN)
-        yield f"{stem}.mlp.gate.e_score_correction_bias", "F32", (EXPERTS,)
+        yield f"{stem}.mlp.gate.weight", "BF16", (experts, HIDDEN)
+        yield f"{stem}.mlp.gate.e_score_correction_bias", "F32", (experts,)
         yield from feed_forward(f"{stem}.mlp.shared_experts", 2048)
-        for expert in range(EXPERTS):
+        for expert in range(experts):
             yield from feed_forward(f"{stem}.mlp.experts.{expert}", 2048)
     if number == LAYERS:
         yield f"{stem}.embed_tokens.weight", "BF16", (VOCABULARY, HIDDEN)
