@@ -29,7 +29,11 @@ import click
     "--parallel", type=click.IntRange(1, 256), default=4, show_default=True, help="Requests answered at once."
 )
 @click.option("--queue", type=click.IntRange(min=0), default=256, show_default=True, help="Requests that may wait.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: all physical cores]")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads. [default: at most all physical cores, fewer where that is faster]",
+)
 @click.option(
     "--gpu-layers", type=click.IntRange(min=-1), default=0, show_default=True, help="Blocks on the GPU; -1 all."
 )

@@ -23,7 +23,7 @@ from r1q.runtimes import llama_log
 from r1q.runtimes.base import Floats, Options, check_sequences, check_tokens, choose_context
 from r1q.runtimes.cores import physical_cores
 
-GGML_TYPES = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16}
+GGML_TYPES = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
 BATCH = 2048  # llama-bench's n_batch and n_ubatch, so that its numbers compare with ours
 MICRO_BATCH = 512
 ROWS = 256  # rows of logits that `logits` asks for at once: the scored half of a 512-token window
@@ -137,7 +137,7 @@ class LlamaSession:
             raise
         for sequence in sequences:
             self._held[sequence] += 1
-        return np.stack([self._context.row(index) for index in range(len(pairs))])
+        return self._context.every_row(len(pairs))
 
     def drop(self, sequence: int, start: int = 0) -> None:
         """Forget the tokens of `sequence` from `start` on."""
@@ -145,6 +145,12 @@ class LlamaSession:
         start = min(max(start, 0), self._held[sequence])
         self._context.forget(sequence, start)
         self._held[sequence] = start
+
+    def set_threads(self, count: int) -> None:
+        """Let `count` threads compute from now on; what they compute stays the same but for the order of sums in long contexts."""
+        self._check([])
+        self._context.set_threads(count)
+        self.threads = count
 
     def logits(self, tokens: Sequence[int], first: int = 0) -> Floats:
         """Return the logits [len(tokens) − first, vocab] from position `first` on, computed in a context of their own."""
@@ -261,9 +267,19 @@ class _Context:
             raise MissingError(f"llama.cpp returned no logits: {llama_log.reason()}")
         return np.ctypeslib.as_array(values, shape=(self._vocab,)).copy()
 
+    def every_row(self, count: int) -> Floats:
+        """Return a copy of the logits [count, vocab] of a batch whose every token wanted them."""
+        values = llama_cpp.llama_get_logits(self._pointer)
+        if not values:
+            raise MissingError(f"llama.cpp returned no logits: {llama_log.reason()}")
+        return np.ctypeslib.as_array(values, shape=(count, self._vocab)).copy()
+
     def forget(self, sequence: int, start: int) -> None:
         """Drop what the memory holds of `sequence` from `start` on."""
         llama_cpp.llama_memory_seq_rm(self._memory, sequence, start, -1)
+
+    def set_threads(self, count: int) -> None:
+        llama_cpp.llama_set_n_threads(self._pointer, count, count)
 
     def close(self) -> None:
         llama_cpp.llama_free(self._pointer)

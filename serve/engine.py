@@ -7,17 +7,19 @@ session is touched by anyone but this thread, save `encode`, which reads the voc
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from r1q.runtimes.base import Floats, Session
 from r1q.serve.jobs import Ending, Event, Job, Piece, Refused, join
 from r1q.serve.meters import Meters
+from r1q.serve.pace import Adjustable, Pace
 from r1q.serve.sampling import draw_tokens, log_probability
 from r1q.serve.speech import Said
 from r1q.serve.vocabulary import Vocabulary
@@ -33,11 +35,19 @@ logger = logging.getLogger("r1q.serve")
 class Engine:
     """Answers jobs with `session`, at most `session.sequences` at once and `queue` more waiting.
 
-    `post` is handed the events of a turn, on the engine's thread; it must pass each to its job's `deliver`.
+    `post` is handed the events of a turn, on the engine's thread; it must pass each to its job's `deliver`. With `pace` the session's
+    threads become fewer where that is faster.
     """
 
     def __init__(
-        self, session: Session, vocabulary: Vocabulary, *, queue: int, post: Post, meters: Meters | None = None
+        self,
+        session: Session,
+        vocabulary: Vocabulary,
+        *,
+        queue: int,
+        post: Post,
+        meters: Meters | None = None,
+        pace: bool = False,
     ) -> None:
         self.session, self.vocabulary = session, vocabulary
         self.meters = meters or Meters("model")
@@ -46,6 +56,7 @@ class Engine:
         self._live: list[Job] = []
         self._held: list[list[int]] = [[] for _ in range(session.sequences)]  # tokens in each sequence
         self._free = list(range(session.sequences))  # the longest unused first
+        self._pace = Pace(session.threads) if pace and isinstance(session, Adjustable) else None
         self._rate = 0.0  # tokens of prompts read in a second, lately
         self._mean = 1.0  # seconds a request takes, lately
         self._lock = threading.Condition()
@@ -183,7 +194,8 @@ class Engine:
             if read >= left:
                 break
             part = job.prompt[job.fed : job.fed + left - read]
-            logits = self.session.prefill(job.sequence, part)
+            with self._paced("prompt", len(part)):
+                logits = self.session.prefill(job.sequence, part)
             self._held[job.sequence] += part
             job.fed += len(part)
             read += len(part)
@@ -203,10 +215,24 @@ class Engine:
         jobs = [job for job in self._live if job.prefilled and job.next >= 0]
         if not jobs:
             return
-        logits = self.session.step([(job.sequence, job.next) for job in jobs])
+        with self._paced("step", len(jobs)):
+            logits = self.session.step([(job.sequence, job.next) for job in jobs])
         for job in jobs:
             self._held[job.sequence].append(job.next)
         self._draw(jobs, logits, events)
+
+    @contextlib.contextmanager
+    def _paced(self, kind: str, tokens: int) -> Iterator[None]:
+        """Compute a batch with the threads that batches like it do best with."""
+        if self._pace is None:
+            yield
+            return
+        threads = self._pace.threads(kind, tokens)
+        if threads != self.session.threads:
+            self.session.set_threads(threads)  # type: ignore[attr-defined]  # there is a pace for those alone that can
+        began = time.perf_counter()
+        yield
+        self._pace.note(kind, tokens, time.perf_counter() - began)
 
     def _draw(self, jobs: list[Job], logits: Floats, events: list[tuple[Job, Event]]) -> None:
         logits = logits if logits.flags.writeable else logits.copy()
@@ -216,6 +242,7 @@ class Engine:
             rows, [job.sampling for job in jobs], [job.chance for job in jobs], [job.counts for job in jobs]
         )
         now = time.monotonic()
+        self.meters.answer_tokens.inc(len(jobs))
         for job, token, row in zip(jobs, tokens.tolist(), kept, strict=True):
             piece = self._say(job, token, row)
             self._clock(job, now)
@@ -266,7 +293,6 @@ class Engine:
         else:
             self.meters.between.observe(now - job.latest)
         job.latest = now
-        self.meters.answer_tokens.inc()
 
     def _release(self, job: Job, reason: str) -> None:
         """End a job; its sequence keeps its tokens, for a later prompt that begins with them."""

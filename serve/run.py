@@ -117,6 +117,7 @@ async def _serve(opened: Opened, listener: socket.socket, settings: Settings, re
         queue=settings.queue,
         post=to_loop(asyncio.get_running_loop()),
         meters=meters,
+        pace=settings.threads is None,
     )
     service = Service(name=opened.name, engine=engine, meters=meters, created=int(time.time()))
     engine.start()

@@ -63,23 +63,52 @@ def draw_tokens(
     rows *= np.array([1 / settings[row].temperature for row in warm], dtype=np.float32)[:, None]
     np.exp(rows, out=rows)
     whole = rows.sum(axis=1, dtype=np.float64)
-    for values, total, row in zip(rows, whole, warm, strict=True):
-        best[row] = _draw(values, float(total), settings[row].top_p, chances[row].random())
+    points = np.array([chances[row].random() for row in warm])
+    shares = np.array([settings[row].top_p for row in warm])
+    best[warm] = _draw_rows(rows, whole, shares, points)
     return best
 
 
+def _draw_rows(
+    weights: Floats, totals: NDArray[np.float64], top_p: NDArray[np.float64], points: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """Return for each row the token at `points` [rows] in [0, 1) of its nucleus of `weights` [rows, vocab].
+
+    `totals` are the rows' sums; each row's largest weight is 1. A row's token does not depend on the rows beside it.
+    """
+    count, vocab = weights.shape
+    drawn = np.empty(count, dtype=np.int64)
+    wanted = top_p * totals
+    # A flat search and a division of the few that are found: numpy's own search in two dimensions is several times slower.
+    rows, tokens = np.divmod(np.flatnonzero(weights >= _NEAR), vocab)
+    near = weights[rows, tokens]
+    short = (np.bincount(rows, weights=near, minlength=count) < wanted) | (top_p >= 1)
+    order = np.lexsort((-near, rows))
+    starts = np.searchsorted(rows, np.arange(count + 1))
+    sizes = np.diff(starts)
+    # Each row's candidates, the likeliest first, and nothing after the last: summed along the row, as it would be alone.
+    ranks = np.arange(len(near)) - starts[rows]
+    table = np.zeros((count, int(sizes.max())), dtype=np.float64)
+    table[rows, ranks] = near[order]
+    sums = np.cumsum(table, axis=1)
+    kept = np.minimum((sums < wanted[:, None]).sum(axis=1) + 1, sizes)
+    edges = points * sums[np.arange(count), kept - 1]
+    chosen = np.minimum((sums <= edges[:, None]).sum(axis=1), kept - 1)
+    drawn[:] = tokens[order[starts[:-1] + chosen]]
+    for row in np.flatnonzero(short):
+        drawn[row] = _draw(weights[row], float(totals[row]), float(top_p[row]), float(points[row]))
+    return drawn
+
+
 def _draw(weights: Floats, total: float, top_p: float, point: float) -> int:
-    """Return the token at `point` in [0, 1) of the nucleus of `weights` [vocab], whose sum is `total` and whose largest is 1."""
+    """Return the token at `point` in [0, 1) of the nucleus of `weights` [vocab], whose sum is `total`, where it is a wide one."""
     if top_p >= 1:
         sums = np.cumsum(weights, dtype=np.float64)
         return min(int(np.searchsorted(sums, point * sums[-1], side="right")), len(weights) - 1)
     wanted = top_p * total
-    likely = np.flatnonzero(weights >= _NEAR)
+    # All tokens rarer than this have less than 1 − top_p together, so the nucleus lies within the others.
+    likely = np.flatnonzero(weights >= (1 - top_p) * total / len(weights))
     near = weights[likely]
-    if near.sum(dtype=np.float64) < wanted:
-        # All tokens rarer than this have less than 1 − top_p together, so the nucleus lies within the others.
-        likely = np.flatnonzero(weights >= (1 - top_p) * total / len(weights))
-        near = weights[likely]
     order = np.argsort(-near, kind="stable")
     sums = np.cumsum(near[order], dtype=np.float64)
     count = min(int(np.searchsorted(sums, wanted)) + 1, len(sums))

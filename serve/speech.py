@@ -62,6 +62,8 @@ class Thoughts:
             self._state, self._begun = "answer", True  # nothing was thought: the answer is left as it is
 
     def _think(self, last: bool) -> str:
+        if CLOSE[0] not in self._held and not self._held[-1:].isspace() and not last:  # nearly always
+            return self._answer()
         thought, closed, rest = self._held.partition(CLOSE)
         if closed:
             self._state, self._held = "answer", rest
@@ -76,6 +78,7 @@ class Thoughts:
         return self._trimmed(stripped)
 
     def _answer(self) -> str:
+        """Return all that is held; a thought's too, where nothing in it can be the end of the thought or space before it."""
         ready, self._held = self._trimmed(self._held), ""
         return ready
 
@@ -117,6 +120,9 @@ def partial_end(text: str, wanted: Sequence[str]) -> int:
     4
     """
     longest = min(len(text), max(map(len, wanted)) - 1)
+    end = text[len(text) - longest :]
+    if not any(word[0] in end for word in wanted):  # nearly always
+        return 0
     return next(
         (size for size in range(longest, 0, -1) if any(word.startswith(text[-size:]) for word in wanted)),
         0,

@@ -52,8 +52,9 @@ async def ask(server: Any) -> list[int]:
             if number % 2:
                 answer = await client.chat.completions.create(**asked)
                 return int(answer.usage.completion_tokens)
-            usage = {"include_usage": True}
-            stream = await client.chat.completions.create(**asked, stream=True, stream_options=usage)
+            stream: Any = await client.chat.completions.create(
+                **asked, stream=True, stream_options={"include_usage": True}
+            )
             (tokens,) = [int(chunk.usage.completion_tokens) async for chunk in stream if chunk.usage]
             return tokens
 
