@@ -49,7 +49,8 @@ import click
 def serve(artifact: Path | None, question: str | None, **options: Any) -> None:
     """Serve ARTIFACT to OpenAI clients: chat, completions, streaming; thoughts apart from answers; metrics for Prometheus.
 
-    ARTIFACT is a .gguf file or a folder that holds one; without it, the newest folder in ./r1q-out, or else the embedded model.
+    ARTIFACT is a .gguf file, an ONNX folder, or a folder that holds one of them; without it, the newest folder in ./r1q-out, or else
+    the embedded model. Checkpoints and float folders are served too, slowly, for comparison.
     Requests are answered side by side in one batch. Ctrl-C or SIGTERM finishes what is at hand first.
 
     \b

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import InputError
 from r1q.core.gguf_file import GgufFile, Strings
 from r1q.export.gguf_tokenizer import (
@@ -151,11 +152,16 @@ def folder_vocabulary(folder: Path) -> Vocabulary:
     )
 
 
-VOCABULARIES = MappingProxyType({"gguf": gguf_vocabulary})
+def checkpoint_vocabulary(path: Path) -> Vocabulary:
+    """Return the vocabulary of a checkpoint of r1q, which keeps its model's tokenizer beside the codes."""
+    return folder_vocabulary(QuantizedCheckpoint.open(path).sidecar)
+
+
+VOCABULARIES = MappingProxyType({"gguf": gguf_vocabulary, "checkpoint": checkpoint_vocabulary})
 
 
 def open_vocabulary(path: Path, format_name: str) -> Vocabulary:
-    """Return the vocabulary of an artifact: that inside a GGUF file, else the tokenizer beside the others."""
+    """Return the vocabulary of an artifact: that inside a GGUF file or checkpoint, else the tokenizer beside the others."""
     reader = VOCABULARIES.get(format_name)
     return reader(path) if reader else folder_vocabulary(path if path.is_dir() else path.parent)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import os
@@ -72,21 +73,21 @@ class Running:
         return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
 
     @staticmethod
-    def key(name: str, **labels: str) -> Key:
-        """Return the key of a sample of this model."""
-        return name, frozenset({"model_name": NAME, **labels}.items())
+    def key(series: str, *, name: str = NAME, **labels: str) -> Key:
+        """Return the key of a sample of the model called `name`."""
+        return series, frozenset({"model_name": name, **labels}.items())
 
-    def sample(self, name: str, **labels: str) -> float:
+    def sample(self, series: str, **labels: str) -> float:
         """Return one sample."""
-        return self.samples()[self.key(name, **labels)]
+        return self.samples()[self.key(series, **labels)]
 
-    def wait(self, name: str, value: float, **labels: str) -> None:
+    def wait(self, series: str, value: float, **labels: str) -> None:
         """Wait until a sample has a value."""
         for _ in range(2000):
-            if self.sample(name, **labels) == value:
+            if self.sample(series, **labels) == value:
                 return
             time.sleep(0.01)
-        raise AssertionError(f"{name} did not become {value}")
+        raise AssertionError(f"{series} did not become {value}")
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
         """Send a signal and return the exit code and what was written."""
@@ -129,16 +130,22 @@ def server(tiny: Path) -> Iterator[Running]:
 
 
 @pytest.fixture
-def start(tiny: Path) -> Iterator[Callable[..., Running]]:
-    """Return `start(*options)`, which runs a server of the test's own and kills what is left of it."""
+def run() -> Iterator[Callable[..., Running]]:
+    """Return `run(artifact, *options)`, which runs a server of the test's own; what is left of it at the end is killed."""
     started: list[Running] = []
 
-    def run(*options: str) -> Running:
-        started.append(Running(tiny, *options))
+    def start(artifact: Path, *options: str) -> Running:
+        started.append(Running(artifact, *options))
         return started[-1]
 
-    yield run
+    yield start
     for running in started:
         if running.process.poll() is None:
             running.process.kill()
         running.process.communicate()
+
+
+@pytest.fixture
+def start(tiny: Path, run: Callable[..., Running]) -> Callable[..., Running]:
+    """Return `start(*options)`, which runs one on the embedded model."""
+    return functools.partial(run, tiny)

@@ -47,6 +47,7 @@ def test_a_folder_says_the_same_as_the_file_made_of_it(tiny: Path) -> None:
     assert (folder.temperature, folder.top_p) == (0.6, 0.95)
     assert (file.temperature, file.top_p) == pytest.approx((0.6, 0.95))
     assert open_vocabulary(EMBEDDED, "onnx").tokens == folder.tokens
+    assert open_vocabulary(tiny.parent / "checkpoint", "checkpoint").tokens == folder.tokens
 
 
 def test_what_is_no_token_says_nothing(tiny: Path) -> None:
