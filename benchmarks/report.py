@@ -12,6 +12,7 @@ from r1q.benchmarks.reasoning_table import legend as reasoning_legend
 from r1q.benchmarks.reasoning_table import row_of
 from r1q.benchmarks.render import columns
 from r1q.benchmarks.report_content import error_maps, is_float, length_plots, trade_plots, verdicts
+from r1q.benchmarks.report_plots import COLOURS, MARKS
 from r1q.benchmarks.result import BenchResult
 from r1q.core.errors import UsageError
 from r1q.core.untrusted import printable
@@ -25,11 +26,13 @@ def page(results: Sequence[BenchResult]) -> str:
         raise UsageError("there are no results to report on: make some with r1q bench --json > runs.jsonl")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    labels = _labels(results)
+    labels = short_names(results)
     found = columns(results)
     maps, darkness = error_maps(results, labels)
     rows = [row_of(label, r.grid, r.reasoning) for label, r in zip(labels, results, strict=True) if r.reasoning]
     return template.render(
+        colours=COLOURS,
+        marks=MARKS,
         title=printable(_title(results)),
         subtitle=printable(_subtitle(results)),
         reference=", ".join(_unique(label for label, r in zip(labels, results, strict=True) if is_float(r))),
@@ -48,7 +51,7 @@ def page(results: Sequence[BenchResult]) -> str:
     )
 
 
-def _labels(results: Sequence[BenchResult]) -> list[str]:
+def short_names(results: Sequence[BenchResult]) -> list[str]:
     """Return a short name for each result: its grid, and what else is needed to tell two apart."""
     parts = (
         lambda r: r.grid,

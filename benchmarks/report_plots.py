@@ -16,6 +16,27 @@ from r1q.core.untrusted import printable
 WIDTH, HEIGHT = 380.0, 310.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 12.0, 12.0, 46.0
 Span = tuple[float, float]
+# The page's colours and the marks' styles; a plot on its own brings them along.
+COLOURS = """:root {
+  --page: #fbfbfa; --card: #ffffff; --ink: #1c2024; --soft: #5b6470; --line: #dfe2e6; --grid: #eceef0;
+  --accent: #2563c9; --float: #16191d; --dim: #9aa5b4; --bad: #b3261e;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #14171a; --card: #1c2024; --ink: #e8eaed; --soft: #a3acb8; --line: #333a42; --grid: #2a3037;
+    --accent: #7fb0ff; --float: #f1f3f5; --dim: #76818f; --bad: #ff9a92;
+  }
+}"""
+MARKS = """svg { font: 12.5px system-ui, sans-serif; }
+.grid { stroke: var(--grid); } .axis { stroke: var(--soft); }
+.tick, .title { fill: var(--soft); } .title { font-size: 12px; }
+.label { fill: var(--ink); stroke: var(--card); stroke-width: 3px; paint-order: stroke; }
+.leader { stroke: var(--dim); } .whisker { stroke: var(--dim); stroke-width: 1.5; }
+.frontier { fill: none; stroke: var(--accent); stroke-dasharray: 4 4; opacity: .7; }
+.point { fill: var(--card); stroke: var(--accent); stroke-width: 2; }
+.point.best { fill: var(--accent); } .point.float { fill: var(--float); stroke: var(--float); }
+.bar { fill: var(--accent); opacity: .55; } .outline { fill: none; stroke: var(--float); stroke-width: 1.6; }
+.cell { fill: var(--accent); }"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,3 +213,18 @@ def _text(
 
 def _written(svg: Xml.Element) -> str:
     return Xml.tostring(svg, encoding="unicode", short_empty_elements=True)
+
+
+def standalone(svg: str, scale: float = 1.5) -> str:
+    """Return a plot of this module as a file of its own, on a card of its own: readable on a light page and on a dark one."""
+    root = Xml.fromstring(svg)
+    _, _, width, height = (float(part) for part in root.get("viewBox", "0 0 1 1").split())
+    root.set("xmlns", "http://www.w3.org/2000/svg")
+    root.set("width", f"{width * scale:g}")
+    root.set("height", f"{height * scale:g}")
+    style = Xml.Element("style")
+    style.text = f"{COLOURS}\n{MARKS}\n.card {{ fill: var(--card); stroke: var(--line); }}"
+    sides = {"x": "0.5", "y": "0.5", "width": f"{width - 1:g}", "height": f"{height - 1:g}", "rx": "6"}
+    root.insert(0, Xml.Element("rect", {"class": "card", **sides}))
+    root.insert(0, style)
+    return _written(root) + "\n"

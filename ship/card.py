@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,26 +13,37 @@ import yaml
 
 from r1q.benchmarks.result import BenchResult
 from r1q.core.errors import InputError
+from r1q.core.untrusted import printable
+from r1q.ship.chat_formats import R1
 from r1q.ship.facts import Origin
+from r1q.ship.figures import Figure
 from r1q.ship.licences import Licence
+from r1q.ship.recall import Recalled
 
 _MOST_RESULTS = 1 << 28
 _MIB = 1 << 20
+_NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """What the card tells. `files` are (name, bytes, format); `command` made the parcel's artifacts."""
+    """What the card tells. `files` are (name, bytes, format); `made` is how the artifacts came about, `versions` of what made them.
+
+    `format` is the chat format, None for an unknown one; `sampling` temperature and top-p, None where no file says them.
+    """
 
     title: str
     origin: Origin
     licences: Sequence[Licence]
     recipe: str
-    command: str
+    made: Recalled
+    versions: Mapping[str, str]
     files: Sequence[tuple[str, int, str]]
     results: Sequence[BenchResult]
+    figures: Sequence[Figure]
     target: str
     format: str | None
+    sampling: tuple[float, float] | None
     context: int
     notes: Sequence[str]
 
@@ -55,8 +68,10 @@ def card_text(card: Card) -> str:
         _running(card),
         _licence_text(card),
         _results_text(card),
-        f"## How it was made\n\n```\n{card.command}\n```\n\nVersions, seeds and sums of every input are in `r1q.lock.json`.\n",
-        "## Check it\n\n`sha256sum -c SHA256SUMS`, or `r1q ship --check .`, which names the tensor in which one bit is another.\n",
+        _figures_text(card),
+        _made_text(card),
+        "## Check it\n\n`sha256sum -c SHA256SUMS`, or `r1q ship --check .`, which names the tensor in which one bit is another: "
+        "`tensors.json` has the sha256 of every tensor, `r1q.lock.json` of every file.\n",
     ]
     if card.notes:
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in card.notes) + "\n")
@@ -87,9 +102,20 @@ def _running(card: Card) -> str:
     return (
         '## Run it\n\n```bash\n./run.sh "What is 17 + 25?"        # Ollama, llama.cpp or r1q, whichever is installed\n'
         "./run.sh --serve                   # an OpenAI-compatible server on 127.0.0.1\n```\n\n"
-        "On Windows: `./run.ps1`. Settings are DeepSeek's for R1: temperature 0.6, top-p 0.95, no system prompt, "
-        f"the answer begun with `<think>`. The context is {card.context} tokens (chat format: {chat}).\n"
+        f"On Windows: `./run.ps1`. {_settings(card)}The context is {card.context} tokens (chat format: {chat}).\n"
     )
+
+
+def _settings(card: Card) -> str:
+    if card.sampling is None:
+        return ""
+    temperature, top_p = card.sampling
+    said = f"temperature {temperature:g}, top-p {top_p:g}"
+    if card.format == R1:
+        return (
+            f"Settings are those DeepSeek advises for R1: {said}, no system prompt, the answer begun with `<think>`. "
+        )
+    return f"Settings: {said}. "
 
 
 def _licence_text(card: Card) -> str:
@@ -112,42 +138,71 @@ def _licence_text(card: Card) -> str:
 
 
 def _results_text(card: Card) -> str:
+    """Return the table; a column that nothing was measured for is left out."""
     if not card.results:
         return ""
-    head = (
-        "| artifact | size | bits/weight | runtime | prefill, tokens/s | decode, tokens/s | first token | peak RSS | "
+    rows = [_result_cells(result) for result in card.results]
+    shown = [name for name in rows[0] if any(row[name] != _NOT_MEASURED for row in rows)]
+    lines = ["| " + " | ".join(shown) + " |", "|--" * len(shown) + "|"]
+    lines += ["| " + " | ".join(row[name] for name in shown) + " |" for row in rows]
+    machines = list(dict.fromkeys(printable(result.emulated or result.machine.cpu) for result in card.results))
+    commands = list(dict.fromkeys(printable(shlex.join(result.command)) for result in card.results))
+    text = "\n".join(lines)
+    run = "\n".join(commands)
+    about = f"Speeds are means ± sample deviation, scores ± standard error; measured on {', '.join(machines)} by"
+    return f"## What it costs\n\n{text}\n\n{about}\n\n```\n{run}\n```\n"
+
+
+def _figures_text(card: Card) -> str:
+    parts = []
+    for figure in card.figures:
+        heading = _inline(figure.heading)
+        parts.append(f"![{heading}]({figure.file})\n")
+        if figure.caption:
+            parts.append(f"{heading}: {_inline(figure.caption)}.\n")
+    return "\n".join(parts)
+
+
+def _made_text(card: Card) -> str:
+    recipe = " `recipe.toml` is in this folder." if card.made.recipe else ""
+    versions = ", ".join(f"{name} {version}" for name, version in card.versions.items())
+    inputs = "".join(f"- `{name}`, sha256 `{digest}`\n" for name, digest in card.made.inputs)
+    read = f"\nIt reads, besides the model:\n\n{inputs}" if inputs else ""
+    return (
+        f"## How it was made\n\n```bash\n{card.made.command}\n```\n\nWith {versions}.{recipe} "
+        f"Sums of the source's files and every fallback are in `r1q.lock.json`.\n{read}"
     )
-    head += "perplexity | KLD | top-1 |"
-    rows = [head, "|--" * 11 + "|", *(_result_row(result) for result in card.results)]
-    machine = card.results[0].machine
-    about = getattr(machine, "cpu", "") or "the machine in the results"
-    command = " ".join(card.results[0].command)
-    return f"## What it costs\n\n{chr(10).join(rows)}\n\nMeasured on {about} by `{command}`; mean ± sample deviation.\n"
 
 
-def _result_row(result: BenchResult) -> str:
+def _result_cells(result: BenchResult) -> dict[str, str]:
     found = result.summary()
-    cells = [
-        f"`{result.name}`",
-        f"{result.bytes / _MIB:.1f} MiB",
-        f"{result.bits_per_weight:.2f}",
-        result.runtime,
-        _estimate(found.get("prefill_tokens_per_second"), "{:.0f}"),
-        _estimate(found.get("decode_tokens_per_second"), "{:.1f}"),
-        _estimate(found.get("first_token_seconds"), "{:.0f} ms", 1000),
-        f"{found['peak_memory'] / _MIB:.0f} MiB" if found.get("peak_memory") else "not measured",
-        _estimate(found.get("perplexity"), "{:.3f}"),
-        _estimate(found.get("mean_kld"), "{:.2g}"),
-        _estimate(found.get("top1_agreement"), "{:.1f} %", 100),
-    ]
-    return "| " + " | ".join(cells) + " |"
+    memory = found.get("peak_memory")
+    return {
+        "artifact": f"`{printable(result.name)}`",
+        "size": f"{result.bytes / _MIB:.1f} MiB",
+        "bits/weight": f"{result.bits_per_weight:.2f}",
+        "runtime": printable(result.runtime),
+        "threads": str(result.threads),
+        "prefill, tokens/s": _estimate(found.get("prefill_tokens_per_second"), "{:.0f}"),
+        "decode, tokens/s": _estimate(found.get("decode_tokens_per_second"), "{:.1f}"),
+        "first token": _estimate(found.get("first_token_seconds"), "{:.0f} ms", 1000),
+        "peak RSS": f"{memory / _MIB:.0f} MiB" if memory else _NOT_MEASURED,
+        "perplexity": _estimate(found.get("perplexity"), "{:.3f}"),
+        "KLD": _estimate(found.get("mean_kld"), "{:.2g}"),
+        "top-1": _estimate(found.get("top1_agreement"), "{:.1f} %", 100),
+    }
+
+
+def _inline(text: str) -> str:
+    """Return text for a line of Markdown: what would begin markup there is escaped."""
+    return re.sub(r"([\\`*_\[\]<>#|!])", r"\\\1", text)
 
 
 def _estimate(value: Any, form: str, factor: float = 1) -> str:
     number = value.get("value") if isinstance(value, dict) else value
     error = value.get("error") if isinstance(value, dict) else None
     if number is None:
-        return "not measured"
+        return _NOT_MEASURED
     shown = form.format(number * factor)
     if not error:
         return shown

@@ -13,6 +13,7 @@ from r1q.core.errors import InputError
 from r1q.models.chat import render_chat
 
 Turn = Mapping[str, str]
+R1 = "DeepSeek-R1"  # the format of its distillates too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ _R1_USER, _R1_ASSISTANT, _R1_END = "<｜User｜>", "<｜Assistant｜>", "<｜end
 _LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
 FORMATS: tuple[ChatFormat, ...] = (
     ChatFormat(
-        name="DeepSeek-R1",
+        name=R1,
         system=("", ""),
         user=(_R1_USER, ""),
         assistant=(_R1_ASSISTANT, _R1_END),
@@ -90,7 +91,7 @@ FORMATS: tuple[ChatFormat, ...] = (
     ),
 )
 # DeepSeek's first templates left the thought for the model to open; it is opened for it all the same, as DeepSeek advises.
-_UNOPENED = {"DeepSeek-R1": _R1_ASSISTANT}
+_UNOPENED = {R1: _R1_ASSISTANT}
 _USER, _SYSTEM, _ANSWER, _AGAIN = "What is 2 + 3?", "Count in Chinese.", "It is 5.", "And 4 + 4?"
 _PROBES: tuple[tuple[Turn, ...], ...] = (
     ({"role": "user", "content": _USER},),

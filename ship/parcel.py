@@ -17,11 +17,14 @@ from r1q.core.artifact import ARTIFACTS, Artifact, OutputFolder, artifact_files
 from r1q.core.checkpoint import MANIFEST, QuantizedCheckpoint
 from r1q.core.errors import InputError, UsageError
 from r1q.core.files import TEMP_PREFIX, atomic_write, sha256_file, writing
+from r1q.core.untrusted import printable
 from r1q.ship.card import Card, card_text, read_results
 from r1q.ship.cluster import kubernetes_yaml, object_name, prometheus_yaml
 from r1q.ship.facts import find_origin, gguf_facts
+from r1q.ship.figures import figures
 from r1q.ship.licences import licences_of
 from r1q.ship.modelfile import make_modelfile
+from r1q.ship.recall import RECIPE, recall
 from r1q.ship.scripts import Run, run_scripts
 from r1q.ship.seal import list_files, seal
 from r1q.ship.targets import Target, find_target
@@ -144,13 +147,14 @@ def _texts(
         texts["NOTICE"] = texts.get("NOTICE", "") + notices
     notes: list[str] = []
     gguf = next((artifact for artifact in artifacts if artifact.format == "gguf"), None)
-    context, chat = row.context, None
+    context, chat, sampling = row.context, None, None
     if gguf is not None:
         facts = gguf_facts(output / gguf.name)
         context = min(row.context, facts.context)
         model = make_modelfile(facts, gguf.name, context=context)
         chat, name = model.format, object_name(gguf.name.removesuffix(".gguf"))
         notes += model.notes
+        sampling = (facts.temperature, facts.top_p)
         texts["Modelfile"] = model.text
         run = Run(name=name, file=gguf.name, context=context, temperature=facts.temperature, top_p=facts.top_p)
         texts |= run_scripts(run)
@@ -167,16 +171,24 @@ def _texts(
             )
     if not licences:
         notes.append(f"the licence of {origin.base} is not known: find it out before passing this on")
+    made = recall(checkpoint, [artifact.format for artifact in artifacts])
+    if made.recipe is not None:
+        texts[RECIPE] = made.recipe
+    drawn = figures(measured, checkpoint)
+    texts |= {figure.file: figure.svg for figure in drawn}
     card = Card(
         title=f"{checkpoint.model_name} {checkpoint.recipe_name}".strip(),
         origin=origin,
         licences=licences,
         recipe=checkpoint.recipe_name or "mixed",
-        command=_command(checkpoint, artifacts),
+        made=made,
+        versions=_versions(checkpoint),
         files=[(artifact.name, artifact.bytes, artifact.format) for artifact in artifacts],
         results=measured,
+        figures=drawn,
         target=row.name,
         format=chat,
+        sampling=sampling,
         context=context,
         notes=notes,
     )
@@ -184,20 +196,10 @@ def _texts(
     return texts, notes
 
 
-def _command(checkpoint: QuantizedCheckpoint, artifacts: list[Artifact]) -> str:
-    """Return the command that makes the same codes again, as far as the manifest tells it."""
-    manifest = checkpoint.manifest
-    origin = manifest.get("origin")
-    model = checkpoint.model_name
-    if isinstance(origin, Mapping) and origin.get("repository"):
-        model = f"{origin['repository']}@{origin['commit']}" if origin.get("commit") else str(origin["repository"])
-    words = ["r1q", "quantize", *([] if model == "tiny-r1" else [model])]
-    words += ["--scheme", checkpoint.recipe_name or "recipe.toml", "--to", ",".join(a.format for a in artifacts)]
-    if manifest.get("method") == "gptq":
-        words += ["--method", "gptq"]
-    command = " ".join(words)
-    calibration = manifest.get("calibration")
-    return f"{command}   # calibration and engine: see r1q.lock.json" if calibration else command
+def _versions(checkpoint: QuantizedCheckpoint) -> dict[str, str]:
+    versions = checkpoint.manifest.get("versions")
+    found = versions.items() if isinstance(versions, Mapping) else ()
+    return {printable(str(name)): printable(str(version)) for name, version in found}
 
 
 def _lock(checkpoint: QuantizedCheckpoint, row: Target) -> dict[str, object]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import runpy
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -55,31 +59,60 @@ def own_template() -> str:
     return template
 
 
+TEMPLATES = [
+    (own_template(), "DeepSeek-R1", ""),
+    (R1_UNOPENED, "DeepSeek-R1", "<think>\n"),
+    (CHATML, "ChatML", ""),
+    (LLAMA3, "Llama 3", ""),
+]
+
+
+def rendered(template: str, talk: list[tuple[str, str]]) -> str:
+    """Return what Jinja makes of a talk."""
+    messages = [{"role": role, "content": content} for role, content in talk]
+    return render_chat(
+        template, {"messages": messages, "add_generation_prompt": True, "bos_token": BOS, "eos_token": EOS}
+    )
+
+
+def go_data(talk: list[tuple[str, str]]) -> dict[str, Any]:
+    """Return a talk as Ollama hands it over: the system message by itself too, and a field of every message that may be empty."""
+    return {
+        "System": next((content for role, content in talk if role == "system"), ""),
+        "Messages": [{"Role": role, "Content": content, "Thinking": ""} for role, content in talk],
+    }
+
+
 @pytest.mark.parametrize("talk", TALKS, ids=range(len(TALKS)))
-@pytest.mark.parametrize(
-    ("template", "name", "forced"),
-    [
-        (own_template(), "DeepSeek-R1", ""),
-        (R1_UNOPENED, "DeepSeek-R1", "<think>\n"),
-        (CHATML, "ChatML", ""),
-        (LLAMA3, "Llama 3", ""),
-    ],
-    ids=["embedded", "r1-unopened", "chatml", "llama3"],
-)
+@pytest.mark.parametrize(("template", "name", "forced"), TEMPLATES, ids=["embedded", "r1-unopened", "chatml", "llama3"])
 def test_go_writes_what_jinja_writes(template: str, name: str, forced: str, talk: list[tuple[str, str]]) -> None:
     found = recognize(template, bos=BOS, eos=EOS)
     assert found is not None
     assert found.format.name == name
-    messages = [{"role": role, "content": content} for role, content in talk]
-    expected = render_chat(
-        template, {"messages": messages, "add_generation_prompt": True, "bos_token": BOS, "eos_token": EOS}
-    )
-    # Ollama hands a template the system message by itself too, and a field of every message that may be empty.
-    data = {
-        "System": next((content for role, content in talk if role == "system"), ""),
-        "Messages": [{"Role": role, "Content": content, "Thinking": ""} for role, content in talk],
-    }
-    assert render_go(found.format.go(BOS if found.begins else ""), data) == expected + forced
+    assert render_go(found.format.go(BOS if found.begins else ""), go_data(talk)) == rendered(template, talk) + forced
+
+
+@pytest.mark.skipif(shutil.which("go") is None, reason="needs the Go compiler")
+def test_go_itself_writes_it_too(tmp_path: Path) -> None:
+    """The language's own text/template, all talks in all formats by one program."""
+    tasks, expected = [], []
+    for template, _, forced in TEMPLATES:
+        found = recognize(template, bos=BOS, eos=EOS)
+        assert found is not None
+        for talk in TALKS:
+            tasks.append({"template": found.format.go(BOS if found.begins else ""), "data": go_data(talk)})
+            expected.append(rendered(template, talk) + forced)
+    thinking = go_data([("user", "q"), ("assistant", "")])
+    thinking["Messages"][1]["Thinking"] = "so far"
+    tasks.append({"template": tasks[0]["template"], "data": thinking})
+    expected.append(f"{BOS}<｜User｜>q<｜Assistant｜><think>\nso far\n</think>\n\n")
+    done = subprocess.run(
+        ["go", "run", str(Path(__file__).with_name("template.go"))],
+        input=json.dumps(tasks).encode(), capture_output=True, check=False, timeout=300,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "GOTOOLCHAIN": "local", "GOFLAGS": "-mod=mod"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert json.loads(done.stdout) == expected
 
 
 def test_a_beginning_that_is_also_chatmls_own_is_chatml() -> None:

@@ -244,3 +244,14 @@ def test_where_a_model_is_from(output: Path) -> None:
 
     origin: Any = find_origin(output, QuantizedCheckpoint.open(output / "checkpoint"))
     assert (origin.base, origin.license, origin.texts) == ("tiny-r1", "apache-2.0", ())
+
+
+def test_run_ps1_is_powershell(packed: Path) -> None:
+    """Without a PowerShell to run it: the script is at least what the grammar allows, and ASCII, as old ones read it."""
+    tree_sitter = pytest.importorskip("tree_sitter")
+    powershell = pytest.importorskip("tree_sitter_powershell")
+    parser = tree_sitter.Parser(tree_sitter.Language(powershell.language()))
+    text = (packed / "run.ps1").read_bytes()
+    assert text.isascii()
+    assert not parser.parse(text).root_node.has_error
+    assert parser.parse(text.replace(b"}\nexit", b"\nexit")).root_node.has_error

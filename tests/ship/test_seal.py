@@ -98,7 +98,7 @@ def test_names_that_lead_outside(name: str) -> None:
 def test_the_command_says_what_is_wrong_and_ends_with_6(parcel: Path, flip: Flip) -> None:
     whole = CliRunner().invoke(main, ["ship", "--check", str(parcel)])
     assert whole.exit_code == 0
-    assert "all 10 files are as they were sent" in whole.stdout
+    assert "all 11 files are as they were sent" in whole.stdout
     flip(parcel / "Modelfile", 100)
     broken = CliRunner().invoke(main, ["ship", "--check", str(parcel)])
     assert broken.exit_code == 6
