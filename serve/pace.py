@@ -35,7 +35,8 @@ class _Course:
     """What is known of batches of about one size: the place of the best count, its seconds a token, and the trial going on."""
 
     best: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the latest window
+    least: float = 0.0  # of the latest two, which more threads must beat: the later one may have been disturbed
     window: list[float] = field(default_factory=list)
     trial: int | None = None
     down: bool = True  # the direction of the next trial
@@ -68,18 +69,26 @@ class Pace:
         found = statistics.median(course.window)
         course.window.clear()
         if course.trial is None:
-            # Something else wants the cores now: what was best may be it no longer.
-            disturbed = found > HOPELESS * course.seconds > 0
-            course.seconds, course.left = found, 0 if disturbed else course.left - 1
-        elif found < CLEARLY * course.seconds and not hopeless:
+            self._settle(course, found)
+        elif found < CLEARLY * (course.seconds if course.trial > course.best else course.least) and not hopeless:
             # It may go on in this direction, so the next trial comes at once.
             course.best = self._latest = course.trial
-            course.seconds, course.trial, course.wait = found, None, EVERY
+            course.seconds, course.least, course.trial, course.wait = found, found, None, EVERY
         else:
             course.trial, course.down, course.left = None, not course.down, course.wait
             course.wait = min(2 * course.wait, RARELY * EVERY)
         if course.left <= 0 and course.trial is None:
             course.trial = self._next(course)
+
+    def _settle(self, course: _Course, found: float) -> None:
+        """Learn that a window without a trial took `found` seconds a token."""
+        # Something else wants the cores now: fewer threads may wait less for each other. More would only wait longer.
+        disturbed = found > HOPELESS * course.seconds > 0 and course.best + 1 < len(self._counts)
+        course.least = min(found, course.seconds) if course.seconds else found
+        course.seconds = found
+        course.left -= 1
+        if disturbed:
+            course.down, course.left = True, 0
 
     def _next(self, course: _Course) -> int | None:
         """Return the place to try next: the one below or above the best, in turn; None where there is none."""
