@@ -2,23 +2,24 @@
 
 A channel that is large in the inputs and small in the weights is halved in the one and doubled in the other, until both share the
 burden: s = max|x|^α / max|w|^(1−α) as in SmoothQuant (Xiao 2023, eq. 4), rounded to a power of two, so that folding it into the
-layers around changes no result by a bit. Each block is walked twice: for the extremes, then for the histograms of what is balanced.
+layers around changes no result by a bit. Each block is walked once, for extremes and results; methods that need histograms of what is
+balanced walk it again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from r1q.calibration.ranges import BINS, LEVELS, METHODS, Histogram, spell
+from r1q.calibration.ranges import BINS, LEVELS, METHODS, Histogram, minmax, spell
 from r1q.core.activations import STAGES, Range
 from r1q.core.errors import InputError
-from r1q.models.block import Weights, attention_input, attention_mix, mlp_inner, mlp_input, run_block
+from r1q.models.block import Weights, attention_input, attention_mix, mlp_inner, mlp_input, mlp_output
 from r1q.models.block import attention_output as attended
 from r1q.models.config import ModelConfig
 from r1q.models.forward import TensorReader, embed, load_block
@@ -47,6 +48,14 @@ class Method:
     limit: float = LIMIT
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """What the stages of a block read: the least and the greatest value of each channel, [2, columns], and some rows as they were."""
+
+    extremes: Inputs
+    rows: Inputs
+
+
 @torch.inference_mode()
 def block_activations(
     source: TensorReader, tokens: NDArray[np.int64], method: Method
@@ -60,41 +69,49 @@ def block_activations(
     turn = rotation(config, tokens.shape[1])
     for layer in range(config.num_layers):
         weights = load_block(source, layer)
-        extremes = _extremes(weights, config, hidden, turn)
-        exponents = _balance(weights, config, extremes, method.alpha)
-        seen = _histograms(weights, config, hidden, turn, extremes, exponents)
-        tried = -(-_TRIED // tokens.shape[1])
-        inputs = [_balanced(_inputs(weights, config, window, turn), exponents) for window in hidden[:tried]]
-        ranges = {
-            stage: _fit(
-                weights, stage, torch.cat([part[stage] for part in inputs]), exponents[stage], seen[stage], method
-            )
-            for stage in STAGES
-        }
-        for window in hidden:
-            window.copy_(run_block(weights, config, window, turn))
-        if not bool(torch.isfinite(hidden).all()):
+        counted = METHODS[method.name] is not minmax  # ends alone are known after one walk
+        seen = _watch(_walk(weights, config, hidden, turn, store=not counted), hidden)
+        if not all(bool(torch.isfinite(found).all()) for found in (hidden, *seen.extremes.values())):
             raise InputError(f"block {layer} makes numbers that are not finite on this text; the weights are broken")
+        exponents = _balance(weights, config, seen.extremes, method.alpha)
+        histograms = _ends(seen.extremes, exponents)
+        if counted:
+            histograms = _count(_walk(weights, config, hidden, turn, store=True), histograms, exponents)
+        rows = _balanced(seen.rows, exponents)
+        ranges = {
+            stage: _fit(weights, stage, rows[stage], exponents[stage], histograms[stage], method) for stage in STAGES
+        }
         yield ranges, {stage: tuple(found.tolist()) for stage, found in exponents.items()}
 
 
-def _inputs(weights: Weights, config: ModelConfig, hidden: Tensor, turn: Rotation) -> dict[str, Tensor]:
-    """Return what each stage reads, [length, columns]."""
-    normed = attention_input(weights, config, hidden)
-    mixed = attention_mix(weights, config, normed, turn)
-    middle = mlp_input(weights, config, hidden + attended(weights, mixed))
-    return {"attn_q": normed, "attn_output": mixed, "ffn_gate": middle, "ffn_down": mlp_inner(weights, middle)}
+def _walk(weights: Weights, config: ModelConfig, hidden: Tensor, turn: Rotation, *, store: bool) -> Iterator[Inputs]:
+    """Yield for each window what each stage reads, [length, columns]; with `store`, `hidden` is left as the block makes it."""
+    for window in hidden.split(1):  # the axis stays: torch's attention makes no matrix of scores where it has four
+        normed = attention_input(weights, config, window)
+        mixed = attention_mix(weights, config, normed, turn)
+        between = window + attended(weights, mixed)
+        middle = mlp_input(weights, config, between)
+        inner = mlp_inner(weights, middle)
+        if store:
+            torch.add(between, mlp_output(weights, inner), out=window)
+        read = {"attn_q": normed, "attn_output": mixed, "ffn_gate": middle, "ffn_down": inner}
+        yield {stage: inputs.flatten(0, 1) for stage, inputs in read.items()}
 
 
-def _extremes(weights: Weights, config: ModelConfig, hidden: Tensor, turn: Rotation) -> dict[str, Tensor]:
-    """Return the least and the greatest value of each channel, [2, columns]."""
-    found: dict[str, Tensor] = {}
-    for window in hidden:
-        for stage, inputs in _inputs(weights, config, window, turn).items():
-            now = torch.stack((inputs.amin(0), inputs.amax(0)))
-            before = found.get(stage, now)
-            found[stage] = torch.stack((torch.minimum(before[0], now[0]), torch.maximum(before[1], now[1])))
-    return found
+def _watch(walk: Iterator[Inputs], hidden: Tensor) -> _Seen:
+    """Return what is seen on a walk over `hidden`; rows are of all windows, at other positions in each."""
+    extremes: dict[str, Tensor] = {}
+    kept: dict[str, list[Tensor]] = {stage: [] for stage in STAGES}
+    step = max(1, hidden.shape[0] * hidden.shape[1] // _TRIED)
+    for number, window in enumerate(walk):
+        for stage, inputs in window.items():
+            low, high = torch.aminmax(inputs, dim=0)
+            before = extremes.get(stage)
+            if before is not None:
+                low, high = torch.minimum(before[0], low), torch.maximum(before[1], high)
+            extremes[stage] = torch.stack((low, high))
+            kept[stage].append(inputs[number % step :: step].clone())
+    return _Seen(extremes=extremes, rows={stage: torch.cat(found) for stage, found in kept.items()})
 
 
 def _balance(weights: Weights, config: ModelConfig, extremes: Inputs, alpha: float) -> dict[str, NDArray[np.int64]]:
@@ -123,17 +140,22 @@ def _balanced(inputs: Inputs, exponents: Exponents) -> dict[str, Tensor]:
     return {stage: torch.ldexp(found, torch.from_numpy(-exponents[stage])) for stage, found in inputs.items()}
 
 
-def _histograms(
-    weights: Weights, config: ModelConfig, hidden: Tensor, turn: Rotation, extremes: Inputs, exponents: Exponents
-) -> dict[str, Histogram]:
+def _ends(extremes: Inputs, exponents: Exponents) -> dict[str, Histogram]:
+    """Return a histogram of each stage's balanced inputs in which nothing is counted yet."""
     scaled = _balanced(extremes, exponents)
-    bounds = {stage: (float(found[0].min()), float(found[1].max())) for stage, found in scaled.items()}
-    counts = {stage: np.zeros(BINS) for stage in bounds}
-    for window in hidden:
-        for stage, inputs in _balanced(_inputs(weights, config, window, turn), exponents).items():
-            low, high = bounds[stage]
-            counts[stage] += torch.histc(inputs, BINS, low, high).numpy()
-    return {stage: Histogram(low=low, high=high, counts=counts[stage]) for stage, (low, high) in bounds.items()}
+    return {
+        stage: Histogram(low=float(found[0].min()), high=float(found[1].max()), counts=np.zeros(BINS))
+        for stage, found in scaled.items()
+    }
+
+
+def _count(walk: Iterator[Inputs], ends: Mapping[str, Histogram], exponents: Exponents) -> dict[str, Histogram]:
+    """Return the histograms of all balanced inputs of a walk."""
+    counts = {stage: np.zeros(BINS) for stage in ends}
+    for window in walk:
+        for stage, inputs in _balanced(window, exponents).items():
+            counts[stage] += torch.histc(inputs, BINS, ends[stage].low, ends[stage].high).numpy()
+    return {stage: replace(found, counts=counts[stage]) for stage, found in ends.items()}
 
 
 def _fit(

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from r1q.calibration.activations import Method, block_activations
+from r1q.calibration.ranges import BINS, METHODS, Histogram, spell
 from r1q.core.activations import ACTIVATIONS, STAGES, Activations
 from r1q.core.errors import InputError
 from r1q.models.block import attention_input, attention_mix, attention_output, mlp_inner, mlp_input, run_block
 from r1q.models.forward import embed, load_block, logits
-from r1q.models.rope import rotation
+from r1q.models.linear import Weights
+from r1q.models.rope import Rotation, rotation
 from r1q.models.source import ModelSource
 from r1q.quantize.balance import BalancedSource
 
@@ -78,6 +80,34 @@ def test_ranges_and_errors_are_those_of_a_plain_loop(make_model: MakeModel, tmp_
         hidden = torch.stack([run_block(weights, config, window, turn) for window in hidden])
 
 
+@pytest.mark.parametrize("name", ["percentile", "entropy"])
+def test_methods_that_cut_off_see_every_input_once(make_model: MakeModel, tmp_path: Path, name: str) -> None:
+    """A second walk counts what is balanced: the same hidden states come out, and ranges are those of a histogram made here."""
+    source = ModelSource.open(make_model("qwen2"))
+    activations, balanced = measured(source, tmp_path, name=name)
+    turn, hidden = rotation(source.config, TOKENS.shape[1]), embed(balanced, TOKENS)
+    for layer in range(source.config.num_layers):
+        weights = load_block(balanced, layer)
+        inner = mlp_inner(weights, mlp_input(weights, source.config, _after_attention(weights, source, hidden, turn)))
+        counts, edges = np.histogram(inner.numpy(), BINS)
+        low, high = METHODS[name](Histogram(low=float(edges[0]), high=float(edges[-1]), counts=counts.astype(float)))
+        found = activations.ranges[layer, "ffn_down"]
+        # Values within a float32's last bit of an edge may be counted in the bin beside it.
+        assert found.scale == pytest.approx(spell(low, high)[0], rel=2 / 256)
+        hidden = torch.stack([run_block(weights, source.config, window, turn) for window in hidden])
+
+
+def _after_attention(weights: Weights, source: ModelSource, hidden: torch.Tensor, turn: Rotation) -> torch.Tensor:
+    mixed = attention_mix(weights, source.config, attention_input(weights, source.config, hidden), turn)
+    return hidden + attention_output(weights, mixed)
+
+
+def test_broken_weights_are_named(make_model: MakeModel, tmp_path: Path) -> None:
+    broken = _Loud(ModelSource.open(make_model("llama", hidden_size=128)), by=float("inf"))
+    with pytest.raises(InputError, match="block 0 makes numbers that are not finite"):
+        measured(broken, tmp_path)  # type: ignore[arg-type]
+
+
 def test_balancing_evens_out_an_outlier_channel(make_model: MakeModel, tmp_path: Path) -> None:
     source = ModelSource.open(make_model("llama", hidden_size=128))
     loud = _Loud(source)
@@ -95,17 +125,17 @@ def test_balancing_evens_out_an_outlier_channel(make_model: MakeModel, tmp_path:
 
 
 class _Loud:
-    """A source whose third channel comes out of the first norm 64 times as large, and is read with a 64th of the weight."""
+    """A source whose third channel comes out of the first norm `by` times as large, and is read with a 64th of the weight."""
 
-    def __init__(self, source: ModelSource) -> None:
-        self._source = source
+    def __init__(self, source: ModelSource, by: float = 64) -> None:
+        self._source, self._by = source, by
         self.config, self.tensors = source.config, source.tensors
         self._specs = {spec.name: spec for spec in source.tensors}
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         values, spec = self._source.read_rows(name, start, stop).copy(), self._specs[name]
         if spec.layer == 0 and spec.kind == "attn_norm":
-            values[3] *= 64
+            values[3] *= self._by
         if spec.layer == 0 and spec.kind in STAGES["attn_q"] and spec.is_matrix:
             values[:, 3] /= 64
         return values
