@@ -19,7 +19,7 @@ from r1q.core.errors import UsageError
 
 Floats = NDArray[np.float32]
 Device = Literal["cpu", "gpu"]
-Cache = Literal["f16", "f32"]
+Cache = Literal["f16", "f32", "q8_0"]
 Compute = Literal["bf16", "f32"]
 
 
@@ -28,9 +28,10 @@ class Options:
     """How an artifact is opened; what an adapter cannot honour it refuses with UsageError or MissingError.
 
     `threads`: None means every physical core that this process may use. `context`: tokens a sequence can hold; None means what the
-    model was trained for, at most 4096. `sequences`: how many can live at once. `cache`: the type of keys and values.
-    `flash_attention`: False never, None as the runtime chooses. `gpu_layers`: blocks that go to the GPU, −1 all; 0 with device cpu.
-    `compute`: what float weights are multiplied in, None as the runtime chooses; one whose files decide that leaves it unread.
+    model was trained for, at most 4096. `sequences`: how many can live at once. `cache`: the type of keys and values; q8_0 is
+    llama.cpp's alone. `flash_attention`: False never, None as the runtime chooses. `gpu_layers`: blocks that go to the GPU, −1 all; 0
+    with device cpu. `compute`: what float weights are multiplied in, None as the runtime chooses; where files decide that it is not
+    read.
     """
 
     device: Device = "cpu"

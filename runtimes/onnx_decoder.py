@@ -83,6 +83,8 @@ def read_decoder(folder: OnnxFolder) -> OnnxDecoder:
 def check_options(decoder: OnnxDecoder, options: Options) -> None:
     """Raise UsageError for options that no runtime of ONNX folders can honour: the folder fixes what its caches are made of."""
     cache = decoder.kinds.cache
+    if options.cache == "q8_0":
+        raise UsageError("q8_0 is llama.cpp's cache: an ONNX folder with one of 8 bits is made by r1q export --kv int8")
     if options.cache == "f32" and cache != "float32":
         raise UsageError(f"keys and values of this folder are {cache}: leave the cache's type out")
     if options.flash_attention is False and os.environ.get(_NO_FLASH) != "1":

@@ -204,6 +204,8 @@ class TorchSession:
 
 def _compute(options: Options) -> Compute:
     """Return what to compute in: what is asked for, else float32 for a float32 cache, else bfloat16."""
+    if options.cache == "q8_0":
+        raise UsageError("torch keeps keys and values in the type it computes in: q8_0 is llama.cpp's cache")
     compute: Compute = options.compute or ("f32" if options.cache == "f32" else "bf16")
     if compute == "bf16" and options.cache == "f32":
         raise UsageError("torch keeps keys and values in the type it computes in: a cache of f32 needs compute f32")

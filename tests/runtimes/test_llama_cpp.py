@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import InputError, MissingError, UsageError
+from r1q.export.gguf import write_gguf as write_our_gguf
 from r1q.runtimes.base import Options
 from r1q.runtimes.table import load_runtime
 
@@ -118,3 +120,16 @@ def test_several_sequences_step_together_as_they_would_alone(tiny_gguf: Path) ->
             rows = session.step([(sequence, int(texts[sequence, position])) for sequence in (2, 0, 3, 1)])
             for row, sequence in zip(rows, (2, 0, 3, 1), strict=True):
                 np.testing.assert_allclose(row, alone[sequence][position], atol=1e-4)
+
+
+def test_a_cache_of_8_bits_is_kept(tmp_path: Path, onnx_checkpoint: Callable[[str], QuantizedCheckpoint]) -> None:
+    path = write_our_gguf(onnx_checkpoint("f32"), tmp_path)  # heads of 64: q8_0 needs blocks of 32
+    tokens = np.random.default_rng(6).integers(0, 512, 200).tolist()
+    found = {}
+    for cache in ("f32", "f16", "q8_0"):
+        with load_runtime("llama-cpp").open(path, Options(cache=cache, threads=1)) as session:
+            found[cache] = session.logits(tokens)[1:]
+    # Steps of 1/127 of the largest of 32 numbers, where half precision has 2^-11 of each one.
+    spread = float(found["f32"].std())
+    half, eight = (float(np.abs(found[cache] - found["f32"]).mean()) / spread for cache in ("f16", "q8_0"))
+    assert half < eight < 0.1

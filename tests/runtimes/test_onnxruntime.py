@@ -271,6 +271,8 @@ def test_what_cannot_be_honoured_is_refused(
     monkeypatch.delenv("ORT_GQA_DISABLE_FLASH_ATTENTION", raising=False)
     with pytest.raises(UsageError, match="set ORT_GQA_DISABLE_FLASH_ATTENTION=1"):
         runtime.open(folder, Options(flash_attention=False))
+    with pytest.raises(UsageError, match=r"q8_0 is llama.cpp's cache: .* r1q export --kv int8"):
+        runtime.open(folder, Options(cache="q8_0"))
     with pytest.raises(UsageError, match="trained for 1024"):
         runtime.open(folder, Options(context=1025))
     with pytest.raises(MissingError, match="has no CUDA"):

@@ -198,6 +198,8 @@ def test_options_that_do_not_go_together_are_refused(make_model: MakeModel) -> N
     path = make_model()
     with pytest.raises(UsageError, match="cache of f32 needs compute f32"):
         open_torch(path, Options(compute="bf16", cache="f32"))
+    with pytest.raises(UsageError, match=r"q8_0 is llama\.cpp's cache"):
+        open_torch(path, Options(cache="q8_0"))
     with pytest.raises(UsageError, match="trained for 256"):
         open_torch(path, Options(context=257))
     with open_torch(path, Options(cache="f32", threads=1)) as session:
