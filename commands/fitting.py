@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,11 +13,11 @@ if TYPE_CHECKING:
 
     from r1q.plan.fitting import Budget
 
-_STAGES = {"sensitivity": "what errors cost", "grids": "what each grid would lose"}
+_STAGES = {"sensitivity": "what errors cost", "grids": "what each grid would lose", "swaps": "exchanges, measured"}
 
 
 def fitted_scheme(
-    console: Console, fit: str | None, bpw: float | None, options: Mapping[str, Any], formats: str
+    console: Console, fit: str | None, bpw: float | None, swaps: int, options: Mapping[str, Any], formats: str
 ) -> str:
     """Return the path of the recipe file for a budget, made now or there already, as `--scheme` takes it."""
     from rich.progress import Progress
@@ -28,12 +29,22 @@ def fitted_scheme(
         raise click.UsageError("give --fit or --bpw, not both")
     if options["bits"] is not None or options["scheme"] is not None:
         raise click.UsageError("--fit and --bpw choose the grids themselves: leave --bits and --scheme out")
-    if formats != "gguf":
-        raise click.UsageError("--fit and --bpw choose among GGUF's grids: leave --to out")
+    if formats not in ("gguf", "onnx"):
+        raise click.UsageError(
+            f"--fit and --bpw choose for one file: give --to gguf or --to onnx, not {formats}"
+            + (" (a GPTQ folder has one grid for all layers: there is nothing to choose)" if "gptq" in formats else "")
+        )
+    if options["group_size"] is not None or options["head_bits"] is not None or options["asymmetric"]:
+        raise click.UsageError(
+            "--fit and --bpw choose groups and bits themselves: leave --group-size, --head-bits and --asymmetric out"
+        )
     budget = _budget(fit, bpw, options["model"])
+    label = budget.label if formats == "gguf" else f"{budget.label}-{formats}"
+    budget = replace(budget, label=label, format=formats, cache=options["kv"] == "int8", swaps=swaps)
     path = recipe_path(options["model"], budget, options["output"])
     with Progress(console=console, transient=True) as progress:
-        tasks = {stage: progress.add_task(said, total=None) for stage, said in _STAGES.items()}
+        stages = {stage: said for stage, said in _STAGES.items() if stage != "swaps" or swaps}
+        tasks = {stage: progress.add_task(said, total=None) for stage, said in stages.items()}
         events = write_fitted(options["model"], budget, path, calibration=options["calibration"])
         found: Fitted | None = None
         for event in events:
@@ -49,6 +60,8 @@ def fitted_scheme(
             "by plain rounding",
             highlight=False,
         )
+        for swap in (swap for swap in found.swaps if swap.kept):
+            console.print(f"exchanged: {swap}", highlight=False)
     return str(path)
 
 
@@ -56,8 +69,8 @@ def _budget(fit: str | None, bpw: float | None, model: str | None) -> Budget:
     from r1q.benchmarks.profiles import profiles
     from r1q.benchmarks.room import room_for_file
     from r1q.models.embedded import open_model
-    from r1q.plan.fit import FAST_ON_ARM, GRIDS
     from r1q.plan.fitting import Budget, budget_of_bpw, budget_of_size
+    from r1q.plan.holders import FAST_ON_ARM, GRIDS
 
     if bpw is not None:
         return budget_of_bpw(bpw)

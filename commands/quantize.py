@@ -18,6 +18,13 @@ RUN = (
     ),
     click.Option(["--bpw"], type=float, metavar="N", help="The same for this many bits a weight, such as 4.5."),
     click.Option(
+        ["--swaps"],
+        type=click.IntRange(min=0, max=1000),
+        default=0,
+        show_default=True,
+        help="With --fit or --bpw: exchanges of room between tensors to measure afterwards; what helps is kept.",
+    ),
+    click.Option(
         ["--dry-run"], is_flag=True, help="Print the plan (sizes, grids, fallbacks) and stop before reading weights."
     ),
     click.Option(
@@ -38,6 +45,7 @@ def quantize(
     quiet: bool,
     fit: str | None,
     bpw: float | None,
+    swaps: int,
     **options: Any,
 ) -> None:
     """Quantize MODEL into a file that runs here.
@@ -74,7 +82,9 @@ def quantize(
             )
         from r1q.commands.fitting import fitted_scheme
 
-        options["scheme"] = fitted_scheme(console, fit, bpw, options, formats)
+        options["scheme"] = fitted_scheme(console, fit, bpw, swaps, options, formats)
+    elif swaps:
+        raise click.UsageError("--swaps goes with --fit or --bpw")
     job = Job(formats=asked_formats(formats, options["scheme"]), **options)
     opened = open_job(job, progress=not quiet)
     console.print(opened.choice.reason, highlight=False)

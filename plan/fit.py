@@ -1,7 +1,8 @@
 """Fit: the grid of every tensor that loses least within a number of bytes. `r1q quantize --fit` and `--bpw`.
 
 What a tensor's error costs is predicted by the Fisher information of the model's own answers (`calibration/sensitivity.py`); each grid
-is tried on rows of each tensor; which to take is a multiple-choice knapsack, solved by HiGHS through scipy. The answer is a recipe.
+is tried on rows of each tensor; which to take is a multiple-choice knapsack, solved by HiGHS through scipy. Where asked to, exchanges
+are then measured (`swaps.py`). The answer is a recipe.
 """
 
 from __future__ import annotations
@@ -17,22 +18,20 @@ from r1q.core.errors import ResourceError
 from r1q.core.recipe import PlannedTensor, Recipe, Rule, resolve
 from r1q.core.scheme import Scheme
 from r1q.core.tensors import TensorSpec
-from r1q.export.gguf import file_bytes
 from r1q.models.source import ModelSource
+from r1q.plan.holders import Holder, gguf_holder
 from r1q.plan.plan import model_shape
+from r1q.plan.swaps import Option, Stack, Swap, Tokens, swapped
 from r1q.quantize.rtn import rtn
 
-GRIDS = ("q2_k", "q3_k", "iq4_xs", "iq4_nl", "q4_0", "q4_k", "q5_0", "q5_k", "q6_k", "q8_0")
-"""What llama.cpp computes with on every device; of the two a byte apart the better one wins by itself."""
-FAST_ON_ARM = ("iq4_nl", "q4_0", "q4_k", "q5_k", "q6_k", "q8_0")
-"""What llama.cpp repacks for dotprod and i8mm (`ggml-cpu/repack.cpp`): the others read prompts several times slower on a phone."""
 _ROWS = 256  # of a tensor that each grid is tried on
 _GAP = 1e-4  # of the best possible loss
+_ROUNDS = 8  # of choosing again where what lies around the matrices grew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """How far fitting is: `stage` (sensitivity, grids), `done` of `total`."""
+    """How far fitting is: `stage` (sensitivity, grids, swaps), `done` of `total`."""
 
     stage: str
     done: int
@@ -40,35 +39,35 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    """One grid that a tensor could have: the bytes it takes, and the nats a token that it is predicted to cost."""
-
-    scheme: Scheme
-    bytes: int
-    loss: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
     """The recipe that was found, the bytes of the file it makes, and the divergence it is predicted to have, in nats a token.
 
-    The prediction is that of plain rounding weighed by importance, of which calibrated coding loses a part.
+    The prediction is that of plain rounding weighed by importance, of which calibrated coding loses a part. `swaps` are the exchanges
+    that were measured, those taken and those not.
     """
 
     recipe: Recipe
     bytes: int
     loss: float
+    swaps: tuple[Swap, ...] = ()
 
 
 def fit_recipe(
-    source: ModelSource, tokens: NDArray[np.int64], *, name: str, budget: int, grids: Sequence[str] = GRIDS
+    source: ModelSource,
+    tokens: Tokens,
+    *,
+    name: str,
+    budget: int,
+    holder: Holder | None = None,
+    swaps: int = 0,
+    held_out: Tokens | None = None,
 ) -> Iterator[Step | Fitted]:
-    """Yield steps, and at last the recipe called `name` for a GGUF file of at most `budget` bytes.
+    """Yield steps, and at last the recipe called `name` for an artifact of at most `budget` bytes in `holder`'s format (None: GGUF).
 
-    `tokens` [windows, length] are what sensitivities are measured on. Raises `ResourceError` where no choice of `grids` is small
-    enough, with the least that is.
+    `tokens` [windows, length] are what sensitivities are measured on, `held_out` what `swaps` exchanges are. Raises `ResourceError`
+    where no choice is small enough, with the least that is.
     """
-    options: dict[str, tuple[Option, ...]] = {}
+    holder = holder or gguf_holder()
     found: dict[str, list[Sensitivity]] = {}
     total = source.config.num_layers + 2
     for done, entries in enumerate(sensitivities(source, tokens), start=1):
@@ -76,42 +75,92 @@ def fit_recipe(
             found.setdefault(tensor, []).append(value)
         yield Step(stage="sensitivity", done=done, total=total)
     matrices = [spec for spec in source.tensors if spec.is_matrix]
+    stacks: dict[str, Stack] = {}
     for done, spec in enumerate(matrices, start=1):
-        options[spec.name] = tensor_options(source, spec, found[spec.gguf_name], grids)
+        felt = found[spec.gguf_name]
+        one = Stack(members={spec: importance(spec, felt)}, options=tensor_options(source, spec, felt, holder))
+        key = holder.stack(spec)
+        stacks[key] = stacks[key] + one if key in stacks else one
         yield Step(stage="grids", done=done, total=len(matrices))
-    frame = _planned(source, _recipe(name, matrices, {spec.name: options[spec.name][0] for spec in matrices}))
-    overhead = file_bytes(source.path, frame, source.config.name, name)
-    overhead -= sum(options[spec.name][0].bytes for spec in matrices)
-    chosen = choose(options, budget - overhead)
-    if chosen is None:
-        least = overhead + sum(min(option.bytes for option in each) for each in options.values())
+    fitting = _Fitting(source=source, name=name, holder=holder, stacks=stacks)
+    chosen = fitting.chosen(budget)
+    measured: list[Swap] = []
+    if swaps and held_out is not None:
+        for swap in swapped(source, held_out, stacks, chosen, swaps, lambda choice: fitting.bytes(choice) <= budget):
+            if swap.kept:
+                chosen |= swap.to
+            measured.append(swap)
+            yield Step(stage="swaps", done=len(measured), total=swaps)
+    yield Fitted(
+        recipe=fitting.recipe(chosen),
+        bytes=fitting.bytes(chosen),
+        loss=sum(option.loss for option in chosen.values()),
+        swaps=tuple(measured),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fitting:
+    """What a choice makes: a recipe, and the bytes of the artifact."""
+
+    source: ModelSource
+    name: str
+    holder: Holder
+    stacks: Mapping[str, Stack]
+
+    def recipe(self, chosen: Mapping[str, Option]) -> Recipe:
+        schemes = {spec.name: chosen[key].scheme for key, stack in self.stacks.items() for spec in stack.members}
+        matrices = [spec for spec in self.source.tensors if spec.is_matrix]
+        rules = tuple(Rule(tensors=spec.gguf_name, scheme=schemes[spec.name]) for spec in matrices)
+        return Recipe(name=self.name, base=self.holder.base, rules=rules)
+
+    def bytes(self, chosen: Mapping[str, Option]) -> int:
+        shape = model_shape(self.source.config, calibrated=True)
+        planned: tuple[PlannedTensor, ...] = resolve(self.recipe(chosen), self.source.tensors, shape)
+        return self.holder.whole_bytes(self.source, planned, self.name)
+
+    def chosen(self, budget: int) -> dict[str, Option]:
+        """Return the choice of least loss whose artifact has at most `budget` bytes. Raises `ResourceError` where there is none."""
+        options = {key: stack.options for key, stack in self.stacks.items()}
+        least = {key: min(each, key=lambda option: option.bytes) for key, each in options.items()}
+        around = self.bytes(least) - sum(option.bytes for option in least.values())
+        for _ in range(_ROUNDS):
+            found = choose(options, budget - around)
+            if found is None:
+                break
+            excess = self.bytes(found) - budget
+            if excess <= 0:
+                return found
+            around += excess  # padding between tensors, a word more in a graph
         raise ResourceError(
-            f"no choice of grids makes a file of {budget / 1e6:.1f} MB: the smallest has {least / 1e6:.1f} MB; "
+            f"no choice of grids makes a file of {budget / 1e6:.1f} MB: the smallest has {self.bytes(least) / 1e6:.1f} MB; "
             "give more room, or take a smaller model"
         )
-    recipe = _recipe(name, matrices, chosen)
-    size = file_bytes(source.path, _planned(source, recipe), source.config.name, name)
-    yield Fitted(recipe=recipe, bytes=size, loss=sum(option.loss for option in chosen.values()))
+
+
+def importance(spec: TensorSpec, felt: Sequence[Sensitivity]) -> NDArray[np.float32]:
+    """Return what an error in each column of a matrix costs in all its uses [columns], as rounding weighs it."""
+    return sum((each.rows.sum() * each.columns for each in felt), np.zeros(spec.columns)).astype(np.float32)
 
 
 def tensor_options(
-    source: ModelSource, spec: TensorSpec, felt: Sequence[Sensitivity], grids: Sequence[str]
+    source: ModelSource, spec: TensorSpec, felt: Sequence[Sensitivity], holder: Holder
 ) -> tuple[Option, ...]:
     """Return what each grid that divides the rows of a matrix would cost: bytes, and loss as every use of the matrix feels it.
 
     Every n-th row is tried, and stands for its neighbours by its share of the rows' sensitivity.
     """
-    schemes = [Scheme(grid=grid) for grid in grids if Scheme(grid=grid).divides(spec.columns)] or [Scheme(grid="f16")]
+    schemes = [scheme for scheme in holder.schemes if scheme.divides(spec.columns)] or [Scheme(grid="f16")]
     rows = np.arange(0, spec.rows, max(1, spec.rows // _ROWS))
     weights = np.stack([source.read_rows(spec.name, int(row), int(row) + 1).reshape(-1) for row in rows])
-    importance = sum((each.rows.sum() * each.columns for each in felt), np.zeros(spec.columns)).astype(np.float32)
+    weighed = importance(spec, felt)
     options = []
     for scheme in schemes:
         loss = 0.0
         if scheme.facts.family != "float":
-            squares = np.square(rtn(weights, scheme, importance).dequantize() - weights, dtype=np.float64)
+            squares = np.square(rtn(weights, scheme, weighed).dequantize() - weights, dtype=np.float64)
             loss = sum(_loss(squares, each, rows) for each in felt)
-        options.append(Option(scheme=scheme, bytes=spec.rows * scheme.row_bytes(spec.columns), loss=loss))
+        options.append(Option(scheme=scheme, bytes=holder.matrix_bytes(spec, scheme), loss=loss))
     return tuple(options)
 
 
@@ -147,12 +196,3 @@ def choose(options: Mapping[str, Sequence[Option]], room: int) -> dict[str, Opti
     if solved.x is None:
         return None
     return {name: option for (name, option), taken in zip(flat, solved.x, strict=True) if taken > 0.5}
-
-
-def _recipe(name: str, matrices: Sequence[TensorSpec], chosen: Mapping[str, Option]) -> Recipe:
-    rules = tuple(Rule(tensors=spec.gguf_name, scheme=chosen[spec.name].scheme) for spec in matrices)
-    return Recipe(name=name, base=Scheme(grid="q8_0"), rules=rules)
-
-
-def _planned(source: ModelSource, recipe: Recipe) -> tuple[PlannedTensor, ...]:
-    return resolve(recipe, source.tensors, model_shape(source.config, calibrated=True))

@@ -13,23 +13,37 @@ from r1q.core.files import atomic_write
 from r1q.core.recipe import Recipe
 from r1q.models.embedded import open_model
 from r1q.models.source import ModelSource
-from r1q.plan.fit import GRIDS, Fitted, Step, fit_recipe
+from r1q.plan.fit import Fitted, Step, fit_recipe
+from r1q.plan.holders import GRIDS, Holder, gguf_holder, onnx_holder
 from r1q.plan.memory import parse_size
 
 OUTPUT_ROOT = Path("r1q-out")
 _WINDOWS = 8  # of calibration text; what a layer feels settles after a few thousand tokens
 _LENGTH = 512
+_HELD_OUT = 4  # windows more, to measure exchanges on
 _LEAST_BPW, _MOST_BPW = 1.0, 16.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a file may take: `bytes` of the whole file, or `bpw` bits a weight; `label` names the recipe; `grids` to choose from."""
+    """What a file may take: `bytes` of the whole file, or `bpw` bits a weight; `label` names the recipe.
+
+    `grids` are those of GGUF to choose from, `format` gguf or onnx; `cache`: its keys and values are of 8 bits. `swaps` exchanges are
+    measured.
+    """
 
     label: str
     bytes: int | None = None
     bpw: float | None = None
     grids: Sequence[str] = GRIDS
+    format: str = "gguf"
+    cache: bool = False
+    swaps: int = 0
+
+    @property
+    def holder(self) -> Holder:
+        """What the format holds."""
+        return onnx_holder(cache=self.cache) if self.format == "onnx" else gguf_holder(self.grids)
 
     def of(self, source: ModelSource) -> int:
         """Return the bytes that the budget means for a model."""
@@ -69,25 +83,55 @@ def write_fitted(
 
     source = open_model(model, progress=progress).source
     spec = calibration or "builtin"
-    asked = {"r1q": __version__, "model": source.config.name, "bytes": budget.of(source), "calibration": spec}
-    first = f"# {json.dumps({**asked, 'grids': list(budget.grids)}, sort_keys=True)}\n"
+    asked: dict[str, object] = {
+        "r1q": __version__,
+        "model": source.config.name,
+        "bytes": budget.of(source),
+        "calibration": spec,
+    }
+    holder = budget.holder
+    asked |= {"grids": holder.words} | ({"swaps": budget.swaps} if budget.swaps else {})
+    first = f"# {json.dumps(asked, sort_keys=True)}\n"
     if path.exists():
         if _first_line(path) == first:
             return
         raise UsageError(f"{path} is there and was made for something else; delete it, or choose another -o")
-    windows = make_windows(spec, Tokenizer.open(source.path), samples=_WINDOWS, length=_LENGTH)
-    for event in fit_recipe(source, windows.tokens, name=budget.label, budget=budget.of(source), grids=budget.grids):
+    held = _HELD_OUT if budget.swaps else 0
+    tokens = make_windows(spec, Tokenizer.open(source.path), samples=_WINDOWS + held, length=_LENGTH).tokens
+    held_out = tokens[len(tokens) - min(held, len(tokens) // 2) :]
+    if held and not len(held_out):
+        raise UsageError(
+            f"{spec} has one window of {_LENGTH} tokens, and --swaps are measured on others; give more text"
+        )
+    events = fit_recipe(
+        source,
+        tokens[: len(tokens) - len(held_out)],
+        name=budget.label,
+        budget=budget.of(source),
+        holder=holder,
+        swaps=budget.swaps,
+        held_out=held_out if held else None,
+    )
+    for event in events:
         if isinstance(event, Fitted):
             with atomic_write(path) as file:
-                file.write((first + to_toml(event.recipe)).encode())
+                file.write((first + to_toml(event.recipe, _said(event))).encode())
         yield event
 
 
-def to_toml(recipe: Recipe) -> str:
-    """Return a recipe as `Recipe.load` reads it."""
+def _said(found: Fitted) -> list[str]:
+    """Return what of the exchanges is told in the recipe."""
+    kept = [swap for swap in found.swaps if swap.kept]
+    if not found.swaps:
+        return []
+    return [f"exchanges measured on text kept apart: {len(found.swaps)}, kept: {len(kept)}", *map(str, kept)]
+
+
+def to_toml(recipe: Recipe, said: Sequence[str] = ()) -> str:
+    """Return a recipe as `Recipe.load` reads it, with comments that say how it came to be."""
     value = recipe.to_dict()
     rules = value.pop("rules")
-    lines = [f"{key} = {json.dumps(entry)}" for key, entry in value.items()]
+    lines = [*(f"# {line}" for line in said), *(f"{key} = {json.dumps(entry)}" for key, entry in value.items())]
     for rule in rules if isinstance(rules, list) else []:
         lines += ["", "[[rules]]", *(f"{key} = {json.dumps(entry)}" for key, entry in rule.items())]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
 """Fitting grids to a budget: the knapsack against every combination, files that keep the budget, recipes that read back."""
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,14 @@ from click.testing import CliRunner
 
 from r1q.cli import main as cli
 from r1q.core.errors import ResourceError, UsageError
-from r1q.core.recipe import Recipe
+from r1q.core.recipe import Recipe, resolve
 from r1q.core.scheme import Scheme
 from r1q.models.source import ModelSource
-from r1q.plan.fit import Fitted, Option, choose, fit_recipe
+from r1q.plan.fit import Fitted, choose, fit_recipe
 from r1q.plan.fitting import budget_of_bpw, budget_of_size, to_toml, write_fitted
+from r1q.plan.holders import onnx_holder
+from r1q.plan.plan import model_shape
+from r1q.plan.swaps import Option
 
 MakeModel = Callable[..., Path]
 TOKENS = np.random.default_rng(5).integers(0, 320, (2, 32))
@@ -88,3 +92,35 @@ def test_a_recipe_made_before_is_kept_and_another_is_not_overwritten(make_model:
     with pytest.raises(UsageError, match="made for something else"):
         list(write_fitted(model, budget_of_bpw(5), path, calibration=str(text)))
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kv", ["float", "int8"])
+def test_an_onnx_folder_has_the_bytes_that_were_predicted(make_model: MakeModel, tmp_path: Path, kv: str) -> None:
+    model, out = make_model("qwen2", **SIZES), tmp_path / "out"
+    command = ["quantize", str(model), "--fit", "900KB", "--to", "onnx", "--kv", kv, "-o", str(out)]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0, result.output
+    recipe = Recipe.load(str(tmp_path / "out.toml"))
+    assert recipe.name == "fit-900KB-onnx"
+    assert len({str(rule.scheme) for rule in recipe.rules}) > 1
+    source = ModelSource.open(model)
+    holder = onnx_holder(cache=kv == "int8")
+    planned = resolve(recipe, source.tensors, model_shape(source.config, calibrated=True))
+    size = sum(file.stat().st_size for file in (out / "onnx").iterdir())
+    assert holder.whole_bytes(source, planned, recipe.name) == size
+    assert 0.98 * 900_000 < size <= 900_000
+    schemes = {rule.tensors: rule.scheme for rule in recipe.rules}
+    for layer in range(2):
+        assert len({schemes[f"blk.{layer}.attn_{part}.weight"] for part in "qkv"}) == 1  # one product has one form
+
+
+def test_what_a_budget_cannot_do_is_said_before_anything_is_read(make_model: MakeModel, tmp_path: Path) -> None:
+    model = str(make_model("llama", **SIZES))
+    for options, code, says in (
+        (["--fit", "100KB", "--to", "onnx"], 5, r"the smallest has 0\.\d MB"),
+        (["--fit", "1MB", "--to", "gptq"], 2, "one grid for all layers"),
+        (["--fit", "1MB", "--to", "onnx", "--group-size", "32"], 2, "leave --group-size"),
+        (["--bits", "4", "--swaps", "3"], 2, "--swaps goes with --fit or --bpw"),
+    ):
+        result = CliRunner().invoke(cli, ["quantize", model, *options, "-o", str(tmp_path / "o")])
+        assert (result.exit_code, re.search(says, result.output) is not None) == (code, True), result.output
