@@ -78,7 +78,7 @@ def serve(artifact: Path | None, question: str | None, **options: Any) -> None:
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # and one for every piece that a client did not wait for
     settings = Settings(**{**options, "parallel": 1} if question is not None else options)
     if question is not None:
-        _answer(open_artifact(artifact or newest_or_embedded(), settings), question)
+        _answer(open_artifact(artifact or newest_or_embedded(), settings), question, pace=settings.threads is None)
         return
     listener = listen(settings)
     opened = open_artifact(artifact or newest_or_embedded(), settings)
@@ -92,11 +92,11 @@ def serve(artifact: Path | None, question: str | None, **options: Any) -> None:
     click.echo("stopped")
 
 
-def _answer(opened: Any, question: str) -> None:
+def _answer(opened: Any, question: str, *, pace: bool) -> None:
     from r1q.core.untrusted import printable
     from r1q.serve.ask import ask
 
-    for piece in ask(opened, question):
+    for piece in ask(opened, question, pace=pace):
         click.echo(printable(piece.thought, lines=True), err=True, nl=bool(piece.text))
         click.echo(printable(piece.text, lines=True), nl=False)
     click.echo()

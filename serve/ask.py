@@ -15,8 +15,9 @@ from r1q.serve.service import Service
 from r1q.serve.wire import ChatRequest
 
 
-def ask(opened: Opened, question: str) -> Iterator[Piece]:
-    """Yield the answer to `question` piece by piece, thought first, and close the session.
+def ask(opened: Opened, question: str, *, pace: bool = False) -> Iterator[Piece]:
+    """Yield the answer to `question` piece by piece, thought first, and close the session. With `pace` threads become fewer where
+    that is faster.
 
     Raises `UsageError` for a question that cannot be answered (too long, no chat template), `MissingError` where the model fails.
     """
@@ -27,7 +28,7 @@ def ask(opened: Opened, question: str) -> Iterator[Piece]:
             events.put(event)
 
     meters = Meters(opened.name)
-    engine = Engine(opened.session, opened.vocabulary, queue=1, post=post, meters=meters)
+    engine = Engine(opened.session, opened.vocabulary, queue=1, post=post, meters=meters, pace=pace)
     service = Service(name=opened.name, engine=engine, meters=meters, created=int(time.time()))
     engine.start()
     try:
