@@ -119,7 +119,7 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise InputError(f"{path} has more than {MAX_TOKENIZER_BYTES} bytes; that is no tokenizer")
     try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())  # from_str keeps 19 MB more of a 3.5 MB file
         backend.no_truncation()  # stored in the file by whoever used it last
         backend.no_padding()
         backend.encode("a")
