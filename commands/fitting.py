@@ -25,19 +25,7 @@ def fitted_scheme(
     from r1q.plan.fit import Fitted
     from r1q.plan.fitting import recipe_path, write_fitted
 
-    if fit is not None and bpw is not None:
-        raise click.UsageError("give --fit or --bpw, not both")
-    if options["bits"] is not None or options["scheme"] is not None:
-        raise click.UsageError("--fit and --bpw choose the grids themselves: leave --bits and --scheme out")
-    if formats not in ("gguf", "onnx"):
-        raise click.UsageError(
-            f"--fit and --bpw choose for one file: give --to gguf or --to onnx, not {formats}"
-            + (" (a GPTQ folder has one grid for all layers: there is nothing to choose)" if "gptq" in formats else "")
-        )
-    if options["group_size"] is not None or options["head_bits"] is not None or options["asymmetric"]:
-        raise click.UsageError(
-            "--fit and --bpw choose groups and bits themselves: leave --group-size, --head-bits and --asymmetric out"
-        )
+    _refuse(fit, bpw, options, formats)
     budget = _budget(fit, bpw, options["model"])
     label = budget.label if formats == "gguf" else f"{budget.label}-{formats}"
     budget = replace(budget, label=label, format=formats, cache=options["kv"] == "int8", swaps=swaps)
@@ -63,6 +51,27 @@ def fitted_scheme(
         for swap in (swap for swap in found.swaps if swap.kept):
             console.print(f"exchanged: {swap}", highlight=False)
     return str(path)
+
+
+def _refuse(fit: str | None, bpw: float | None, options: Mapping[str, Any], formats: str) -> None:
+    """Raise where other options choose what a budget chooses, or the format leaves nothing to choose."""
+    if options["lora"] is not None:
+        raise click.UsageError(
+            "--fit and --bpw measure the model without its adapter: leave --lora out, then give it with --scheme RECIPE"
+        )
+    if fit is not None and bpw is not None:
+        raise click.UsageError("give --fit or --bpw, not both")
+    if options["bits"] is not None or options["scheme"] is not None:
+        raise click.UsageError("--fit and --bpw choose the grids themselves: leave --bits and --scheme out")
+    if formats not in ("gguf", "onnx"):
+        raise click.UsageError(
+            f"--fit and --bpw choose for one file: give --to gguf or --to onnx, not {formats}"
+            + (" (a GPTQ folder has one grid for all layers: there is nothing to choose)" if "gptq" in formats else "")
+        )
+    if options["group_size"] is not None or options["head_bits"] is not None or options["asymmetric"]:
+        raise click.UsageError(
+            "--fit and --bpw choose groups and bits themselves: leave --group-size, --head-bits and --asymmetric out"
+        )
 
 
 def _budget(fit: str | None, bpw: float | None, model: str | None) -> Budget:

@@ -76,10 +76,6 @@ def quantize(
     return_freed_memory()
     console = make_console(quiet)
     if fit or bpw is not None:
-        if options["lora"] is not None:
-            raise click.UsageError(
-                "--fit and --bpw measure the model without its adapter: leave --lora out, then give it with --scheme RECIPE"
-            )
         from r1q.commands.fitting import fitted_scheme
 
         options["scheme"] = fitted_scheme(console, fit, bpw, swaps, options, formats)
