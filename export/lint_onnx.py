@@ -113,14 +113,21 @@ def _levels(model: _Model) -> Iterator[Finding]:
 def _orders(model: _Model) -> Iterator[Finding]:
     """Inputs that are put in another order before a product: what act-order costs once it is no g_idx."""
     found = [
-        node for node in model.of("Gather")
-        if node.attributes.get("axis", 0) in (-1, 2) and _dtype(model, node.input(1)) in ("int64", "int32")
+        node for node in (*model.of("Gather"), *model.of("GatherElements"))
+        if node.attributes.get("axis", 0) in (-1, 2) and _order(model, node) is not None
     ]  # fmt: skip
     if found:
-        copied = sum(tensor.size for node in found if (tensor := model.held(node.input(1))) is not None)
-        cost = f"{copied} inputs are copied one by one for every token of a prompt and of an answer"
+        copied = sum(tensor.size for node in found if (tensor := _order(model, node)) is not None)
+        cost = f"{copied} numbers are copied one by one for every token of a prompt and of an answer"
         mend = "quantize without act-order: desc_act false, or gptqmodel's act_group_aware, which needs no order"
-        yield Finding(what="Gather of a product's inputs (act-order)", count=len(found), cost=cost, mend=mend)
+        yield Finding(what="inputs of a product put in order (act-order)", count=len(found), cost=cost, mend=mend)
+
+
+def _order(model: _Model, node: OnnxNode) -> OnnxTensor | None:
+    """Return the stored numbers that a node gathers by, perhaps spread over all positions."""
+    maker = model.makers.get(node.input(1))
+    tensor = model.held(maker.input(0) if maker is not None and maker.op_type == "Expand" else node.input(1))
+    return tensor if tensor is not None and tensor.dtype in ("int64", "int32") else None
 
 
 def _block_sizes(model: _Model) -> Iterator[Finding]:

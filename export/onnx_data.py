@@ -31,7 +31,7 @@ Order = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """A tensor of the data file: `dtype` uint8, int8, int64 or float32, its shape, and the bytes `offset` … `offset` + `length`."""
+    """A tensor of the data file: `dtype` uint8, int8, int32 or float32, its shape, and the bytes `offset` … `offset` + `length`."""
 
     name: str
     dtype: str
@@ -192,9 +192,9 @@ def add_floats(
 
 
 def add_order(data: DataFile, order: Order) -> str:
-    """Place the order of a product's inputs as int64; equal orders are one tensor, named by what is in it."""
+    """Place the order of a product's inputs as int32; equal orders are one tensor, named by what is in it."""
     name = f"model.order.{hashlib.sha256(order.astype('<i4').tobytes()).hexdigest()[:16]}"
-    return name if name in data.placed else data.add(name, "int64", order.shape, lambda: iter([order]))
+    return name if name in data.placed else data.add(name, "int32", order.shape, lambda: iter([order]))
 
 
 def common_form(checkpoint: QuantizedCheckpoint, specs: Sequence[TensorSpec]) -> tuple[BlockForm | None] | None:

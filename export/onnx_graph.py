@@ -17,8 +17,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from r1q import __version__
-from r1q.export.onnx_data import Columns, Placed
-from r1q.export.onnx_weights import Weights
+from r1q.export.onnx_data import Blocks, Columns, Placed
+from r1q.export.onnx_weights import Linear, Weights
 from r1q.models.config import ModelConfig
 
 OPSET, IR_VERSION, MICROSOFT = 22, 10, "com.microsoft"
@@ -27,7 +27,7 @@ PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
 _TYPES = {
     "uint8": TensorProto.UINT8,
     "int8": TensorProto.INT8,
-    "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
     "float32": TensorProto.FLOAT,
 }
 
@@ -49,6 +49,7 @@ class _Nodes:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     ordered: dict[tuple[str, str], str] = field(default_factory=dict)
+    extents: dict[int, str] = field(default_factory=dict)
 
     def add(self, operator: str, name: str, inputs: Sequence[str], outputs: Sequence[str] = (), **more: Any) -> str:
         """Add a node; without `outputs` it has one, named after the node."""
@@ -73,7 +74,7 @@ class _Nodes:
     def linear(self, name: str, stem: str, x: str) -> str:
         """Multiply `x` by the transposed matrix of `stem` and add its bias."""
         layer = self.weights.linears[stem]
-        x = self.put_in_order(name, x, layer.order)
+        x = self.put_in_order(name, x, layer)
         if isinstance(layer.matrix, str):
             product = self.add("FusedMatMul", f"{name}/MatMul", [x, layer.matrix], domain=MICROSOFT, transB=1)
             return self.add_bias(name, product, layer.bias)
@@ -88,13 +89,22 @@ class _Nodes:
             bits=blocks.form.bits, block_size=blocks.form.block, accuracy_level=self.shape.accuracy_level,
         )  # fmt: skip
 
-    def put_in_order(self, name: str, x: str, order: str | None) -> str:
-        """Put the last axis of `x` in an order, once for all layers that want the same."""
-        if order is None:
+    def put_in_order(self, name: str, x: str, layer: Linear) -> str:
+        """Put the inputs `x` of a layer in the order of its columns, once for all layers that want the same.
+
+        GatherElements takes numbers one by one where Gather copies slices: in ONNX Runtime 1.31 a fifth of the time for a prompt. It
+        wants an index for every number, so the order is spread over all positions, whose shape layers of one width share.
+        """
+        if layer.order is None or not isinstance(layer.matrix, Blocks):
             return x
-        if (x, order) not in self.ordered:
-            self.ordered[x, order] = self.add("Gather", f"{name}/order/Gather", [x, order], axis=-1)
-        return self.ordered[x, order]
+        if (x, layer.order) not in self.ordered:
+            width = layer.matrix.columns
+            if width not in self.extents:
+                self.extents[width] = self.add("Shape", f"{name}/order/Shape", [x])
+            indices = self.add("Expand", f"{name}/order/Expand", [layer.order, self.extents[width]])
+            gathered = self.add("GatherElements", f"{name}/order/GatherElements", [x, indices], axis=-1)
+            self.ordered[x, layer.order] = gathered
+        return self.ordered[x, layer.order]
 
     def add_bias(self, name: str, product: str, bias: str | None) -> str:
         """Add a layer's bias where it has one."""
@@ -180,6 +190,7 @@ def _block(
     if layer == config.num_layers - 1 and not nodes.shape.every:
         # What follows works on each position alone, and only the last one's logits are wanted.
         last = nodes.integers(-1)
+        nodes.extents.clear()
         heads = nodes.add("Gather", f"{name}/attn/last/Gather", [heads, last], axis=1)
         residual = nodes.add("Gather", f"{name}/residual/last/Gather", [residual, last], axis=1)
     branch = nodes.linear(f"{name}/attn/o_proj", f"{tensor}.attn.o_proj", heads)

@@ -18,7 +18,7 @@ import numpy as np
 from r1q.core.onnx_file import OnnxFolder
 from r1q.core.onnx_graph import OnnxGraph, OnnxNode, OnnxTensor
 from r1q.export.verify_onnx_integers import dequantize, quantize
-from r1q.export.verify_onnx_order import ordered
+from r1q.export.verify_onnx_order import gather, shape, spread
 from r1q.export.verify_onnx_values import (
     INT32,
     LOGITS,
@@ -92,7 +92,10 @@ def _constant(reading: Reading, node: OnnxNode) -> None:
 
 
 def _shape(reading: Reading, node: OnnxNode) -> None:
-    if node.input(0) != MASK or node.attributes:
+    if node.input(0) != MASK:
+        shape(reading, node)
+        return
+    if node.attributes:
         raise MisfitError(f"of {node.input(0)!r} is not expected")
     reading.make(node, Count("sides"))
 
@@ -124,11 +127,7 @@ def _gather(reading: Reading, node: OnnxNode) -> None:
             raise MisfitError(f"looks rows up in {table.name!r}, {table.dtype} {list(table.shape)}")
         _look_up(reading, node, Matrix(weight=table, rows=table.shape[0], columns=table.shape[1]))
         return
-    found, tensor = reading.values.get(node.input(0)), reading.held(node, 1)
-    if isinstance(found, Place) and axis != 1:
-        reading.make(node, replace(found, order=ordered(reading, node, found, tensor)))
-        return
-    indices = reading.numbers(node, 1)
+    found, indices = reading.values.get(node.input(0)), reading.numbers(node, 1)
     if found == Count("sides") and indices == [1] and axis == 0:
         reading.make(node, Count("length"))
     elif isinstance(found, Stream | Normed | Attended) and indices == [-1] and axis == 1:
@@ -378,6 +377,8 @@ _RULES: Mapping[tuple[str, str], Callable[[Reading, OnnxNode], None]] = {
     ("", "Sub"): _sub,
     ("", "Cast"): _cast,
     ("", "Gather"): _gather,
+    ("", "Expand"): spread,
+    ("", "GatherElements"): gather,
     ("", "Reshape"): _reshape,
     ("", "Split"): _split,
     ("", "Add"): _add,

@@ -1,4 +1,4 @@
-"""In which order products take their inputs: a Gather before them, and rows before them that were put in order instead.
+"""In which order products take their inputs: a GatherElements before them, and rows before them that were put in order instead.
 
 A checkpoint's columns may stand in another order than the inputs (act-order): column j is for input `columns[j]`. A graph whose
 product takes the inputs `taken` (as they come: 0, 1, …) computes the same exactly if `taken` is `columns`; for down, whose inputs are
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,60 @@ from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.onnx_graph import OnnxNode, OnnxTensor
 from r1q.core.tensors import TensorSpec
 from r1q.export.verified import Defect
-from r1q.export.verify_onnx_values import Attended, Bound, Gated, Key, Matrix, MisfitError, Normed, Place, Reading
+from r1q.export.verify_onnx_values import (
+    Attended,
+    Bound,
+    Extent,
+    Gated,
+    Key,
+    Matrix,
+    MisfitError,
+    Normed,
+    Place,
+    Reading,
+    Spread,
+)
 
 Order = NDArray[np.int64]
 DOWN, BEFORE_DOWN = "ffn_down", ("ffn_gate", "ffn_up")
 
 
-def ordered(reading: Reading, node: OnnxNode, found: Place, tensor: OnnxTensor) -> OnnxTensor:
-    """Return the order that a Gather puts an input in. Raises `MisfitError` for what is none, or not along the inputs."""
-    if not isinstance(found, Normed | Attended | Gated) or node.attributes.get("axis", 0) not in (-1, 2):
-        raise MisfitError(f"of {node.input(0)!r} is not expected")
+def shape(reading: Reading, node: OnnxNode) -> None:
+    """Note the sides of an input, which an order is spread over."""
+    reading.settings(node, {}, free=())
+    reading.make(node, _extent(reading, _place(reading, node)))
+
+
+def spread(reading: Reading, node: OnnxNode) -> None:
+    """Note an order of inputs for each position."""
+    reading.make(node, Spread(order=_order(reading, reading.held(node, 0)), extent=reading.value(node, 1, Extent)))
+
+
+def gather(reading: Reading, node: OnnxNode) -> None:
+    """Put an input in an order."""
+    found, indices = _place(reading, node), reading.value(node, 1, Spread)
+    if indices.extent != _extent(reading, found) or node.attributes.get("axis", 0) not in (-1, 2):
+        raise MisfitError(f"of {node.input(0)!r} is not along its inputs")
     if found.order is not None:
         raise MisfitError("puts in order what was put in an order before")
+    reading.make(node, replace(found, order=indices.order))
+
+
+def _extent(reading: Reading, found: Place) -> Extent:
+    config = reading.config
+    heads = config.num_heads * config.head_dim
+    width = {Normed: config.hidden_size, Attended: heads, Gated: config.intermediate_size}[type(found)]
+    return Extent(width=width, last=found.last)
+
+
+def _place(reading: Reading, node: OnnxNode) -> Place:
+    found = reading.value(node, 0, Place)
+    if not isinstance(found, Normed | Attended | Gated):
+        raise MisfitError(f"of {node.input(0)!r} is not expected")
+    return found
+
+
+def _order(reading: Reading, tensor: OnnxTensor) -> OnnxTensor:
     if tensor.dtype not in ("int64", "int32") or len(tensor.shape) != 1:
         raise MisfitError(f"takes {tensor.name!r}, {tensor.dtype} {list(tensor.shape)}, which is no list of inputs")
     if (wrong := _fault(_numbers(reading, tensor))) is not None:

@@ -145,7 +145,23 @@ class Spelled:
     zero: OnnxTensor
 
 
-Value = Count | Place | Product | Spelled | Matrix
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """The sides of values of a `width` for every position, or the `last` one."""
+
+    width: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """An `order` of inputs, repeated for every position of a value."""
+
+    order: OnnxTensor
+    extent: Extent
+
+
+Value = Count | Place | Product | Spelled | Matrix | Extent | Spread
 V = TypeVar("V", bound=Value)
 
 

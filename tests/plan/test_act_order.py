@@ -104,12 +104,12 @@ def test_weights_and_logits_are_the_folders(make_gptq: MakeGptq, tmp_path: Path,
     assert np.abs(wanted).max() > 0.1  # logits that say something
 
 
-def test_an_order_is_a_gather_where_layers_share_it_and_rows_for_down(make_gptq: MakeGptq, tmp_path: Path) -> None:
+def test_layers_that_share_an_order_take_one_and_down_takes_none(make_gptq: MakeGptq, tmp_path: Path) -> None:
     exported(make_gptq(act_ordered(1), bits=4, group_size=32), tmp_path / "one")
-    gathers = {name for name, node in nodes_of(tmp_path / "one/onnx").items() if name.endswith("/order/Gather")}
+    gathers = {name for name, node in nodes_of(tmp_path / "one/onnx").items() if name.endswith("/order/GatherElements")}
     layers = [f"/model/layers.{layer}" for layer in range(2)]
     assert gathers == {
-        f"{layer}/{product}/order/Gather"
+        f"{layer}/{product}/order/GatherElements"
         for layer in layers
         for product in ("attn/qkv_proj", "attn/o_proj", "mlp/gate_up_proj")
     }
@@ -150,14 +150,15 @@ def onnx_result(output: OutputFolder) -> Verified:
 
 
 def change_order(output: OutputFolder, node: str, change: Callable[[np.ndarray], None]) -> None:
-    """Change the stored order of a Gather in block 1; where it lies is the onnx package's word."""
+    """Change the stored order of a product of block 1; where it lies is the onnx package's word."""
     path = output.path / "onnx/model.onnx"
     graph = onnx.load(path, load_external_data=False).graph
-    name = next(one for one in graph.node if one.name == f"/model/layers.1/{node}/order/Gather").input[1]
+    name = next(one for one in graph.node if one.name == f"/model/layers.1/{node}/order/GatherElements").input[1]
+    name = next(one for one in graph.node if one.output[0] == name).input[0]
     tensor = next(one for one in graph.initializer if one.name == name)
     facts = {entry.key: entry.value for entry in tensor.external_data}
     numbers = np.memmap(
-        path.with_name(facts["location"]), "<i8", "r+", offset=int(facts["offset"]), shape=tuple(tensor.dims)
+        path.with_name(facts["location"]), "<i4", "r+", offset=int(facts["offset"]), shape=tuple(tensor.dims)
     )
     change(numbers)
     numbers.flush()
@@ -177,7 +178,7 @@ def _outside(numbers: np.ndarray) -> None:
 
 
 def _negative(numbers: np.ndarray) -> None:
-    numbers[3] = numbers[3] - 128  # which a Gather takes, counting from the end
+    numbers[3] = numbers[3] - 128  # which GatherElements takes, counting from the end
 
 
 def test_another_order_is_found_for_every_layer_that_reads_it(output: OutputFolder) -> None:
@@ -213,36 +214,49 @@ def edit_graph(output: OutputFolder, edit: Callable[[Any], None]) -> None:
     output.record("onnx", output.path / "onnx", ())
 
 
+def node_of(graph: Any, name: str) -> Any:
+    return next(node for node in graph.node if node.name == f"/model/layers.1/{name}")
+
+
+def put_in_order(graph: Any, product: str, order: str) -> None:
+    """Put the inputs of a product in an order once more."""
+    user = node_of(graph, f"{product}/MatMul")
+    x, at = user.input[0], list(graph.node).index(user)
+    user.input[0] = "again"
+    for place, (operator, inputs, output) in enumerate(
+        (("Shape", [x], "sides"), ("Expand", [order, "sides"], "spread"), ("GatherElements", [x, "spread"], "again"))
+    ):
+        axis = {"axis": -1} if operator == "GatherElements" else {}
+        graph.node.insert(at + place, onnx.helper.make_node(operator, inputs, [output], name=output, **axis))
+
+
 def _bypass(graph: Any) -> None:
     """Take the inputs of gate and up as they come."""
-    gather = next(node for node in graph.node if node.name == "/model/layers.1/mlp/gate_up_proj/order/Gather")
-    next(node for node in graph.node if gather.output[0] in node.input).input[0] = gather.input[0]
+    node_of(graph, "mlp/gate_up_proj/MatMul").input[0] = node_of(graph, "mlp/gate_up_proj/order/GatherElements").input[
+        0
+    ]
 
 
 def _cut(graph: Any) -> None:
     """Leave the last inputs of o out."""
-    gather = next(node for node in graph.node if node.name == "/model/layers.1/attn/o_proj/order/Gather")
-    gather.input[1] = "short"
+    node_of(graph, "attn/o_proj/order/Expand").input[0] = "short"
     graph.initializer.append(onnx.numpy_helper.from_array(np.arange(96), "short"))
 
 
 def _down_again(graph: Any) -> None:
     """Put down's inputs in an order that its rows before it were put in already."""
-    down = next(node for node in graph.node if node.name == "/model/layers.1/mlp/down_proj/MatMul")
     graph.initializer.append(onnx.numpy_helper.from_array(np.arange(256)[::-1].copy(), "turned"))
-    at = list(graph.node).index(down)
-    turned = onnx.helper.make_node("Gather", [down.input[0], "turned"], ["turned/output"], name="turn", axis=-1)
-    down.input[0] = "turned/output"
-    graph.node.insert(at, turned)
+    put_in_order(graph, "mlp/down_proj", "turned")
 
 
-def _both_again(graph: Any) -> None:
-    gather = next(node for node in graph.node if node.name == "/model/layers.1/attn/o_proj/order/Gather")
-    again = onnx.helper.make_node(
-        "Gather", [gather.output[0], gather.input[1]], ["again/output"], name="again", axis=-1
-    )
-    next(node for node in graph.node if gather.output[0] in node.input).input[0] = "again/output"
-    graph.node.insert(list(graph.node).index(gather) + 1, again)
+def _twice_over(graph: Any) -> None:
+    put_in_order(graph, "attn/o_proj", node_of(graph, "attn/o_proj/order/Expand").input[0])
+
+
+def _of_another(graph: Any) -> None:
+    """Spread the order of o's inputs, of the last position, over all positions."""
+    first = next(node for node in graph.node if node.op_type == "Shape" and node.input[0] != "attention_mask")
+    node_of(graph, "attn/o_proj/order/Expand").input[1] = first.output[0]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +265,8 @@ def _both_again(graph: Any) -> None:
         (_bypass, "model.layers.1.mlp.up_proj.weight", r"1\d\d of 128 columns are multiplied by other inputs"),
         (_cut, "/model/layers.1/attn/o_proj/MatMul", "has 128 columns and takes 96 inputs in the order 'short'"),
         (_down_again, "model.layers.1.mlp.gate_proj.weight", "codes, .* differ"),
-        (_both_again, "again", "puts in order what was put in an order before"),
+        (_twice_over, "again", "puts in order what was put in an order before"),
+        (_of_another, "/attn/o_proj/order/GatherElements", "is not along its inputs"),
     ],
 )
 def test_a_graph_that_takes_inputs_otherwise_is_found(
