@@ -21,8 +21,9 @@ from r1q.core.onnx_file import OnnxFolder
 from r1q.models.tokenizer import Tokenizer
 from r1q.runtimes.base import Floats, Options, check_sequences, check_tokens, choose_context
 from r1q.runtimes.cores import physical_cores
+from r1q.runtimes.huge_pages import on_huge_pages
 from r1q.runtimes.onnx_decoder import OnnxDecoder, check_options, read_decoder, scoring_graph
-from r1q.runtimes.ort import errors, failed, load_onnxruntime, refused
+from r1q.runtimes.ort import errors, failed, load_onnxruntime, refused, return_freed_memory
 
 ort = load_onnxruntime()
 ERRORS = errors()
@@ -83,6 +84,7 @@ class OnnxSession:
         self._cache = _Cache(decoder, self.sequences, self.context, self.device)
         self._graph: _Graph | None = _Graph(decoder, decoder.main, self.threads, self.device)
         self.load_seconds = time.perf_counter() - started
+        return_freed_memory()
         self._every: _Graph | None = None
         self._scratch: _Cache | None = None
 
@@ -249,9 +251,10 @@ class _Graph:
         self._logits = np.dtype(decoder.kinds.logits)
         try:
             providers = [CPU] if device == "cpu" else [CUDA, CPU]
-            self._session = ort.InferenceSession(
-                str(decoder.folder / name), session_options(threads), providers=providers
-            )
+            with on_huge_pages():
+                self._session = ort.InferenceSession(
+                    str(decoder.folder / name), session_options(threads), providers=providers
+                )
         except ERRORS as error:
             raise refused(decoder.folder / name, "onnxruntime", error) from error
 

@@ -20,6 +20,7 @@ from r1q.core.onnx_file import OnnxFolder
 from r1q.models.tokenizer import Tokenizer
 from r1q.runtimes.base import Floats, Options, check_sequences, check_tokens, choose_context
 from r1q.runtimes.cores import physical_cores
+from r1q.runtimes.huge_pages import on_huge_pages
 from r1q.runtimes.onnx_decoder import OnnxDecoder, check_options, read_decoder, scoring_graph
 from r1q.runtimes.ort import errors, failed, load_genai, load_onnxruntime, refused
 
@@ -165,7 +166,8 @@ class GenaiSession:
             config.clear_providers()
             if self.device != "cpu":
                 config.append_provider("cuda")
-            return og.Model(config)
+            with on_huge_pages():
+                return og.Model(config)
         except ERRORS as error:
             raise refused(self._decoder.folder / filename, "onnxruntime-genai", error) from error
 
