@@ -80,11 +80,11 @@ class OnnxSession:
         self._tokenizer = tokenizer
         self._decoder = decoder
         self._held = [0] * self.sequences
+        return_freed_memory()
         started = time.perf_counter()
         self._cache = _Cache(decoder, self.sequences, self.context, self.device)
         self._graph: _Graph | None = _Graph(decoder, decoder.main, self.threads, self.device)
         self.load_seconds = time.perf_counter() - started
-        return_freed_memory()
         self._every: _Graph | None = None
         self._scratch: _Cache | None = None
 
