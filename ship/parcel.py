@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from r1q import __version__
@@ -145,30 +145,10 @@ def _texts(
     notices = "".join(licence.notice for licence in licences)
     if notices:
         texts["NOTICE"] = texts.get("NOTICE", "") + notices
-    notes: list[str] = []
     gguf = next((artifact for artifact in artifacts if artifact.format == "gguf"), None)
-    context, chat, sampling = row.context, None, None
-    if gguf is not None:
-        facts = gguf_facts(output / gguf.name)
-        context = min(row.context, facts.context)
-        model = make_modelfile(facts, gguf.name, context=context)
-        chat, name = model.format, object_name(gguf.name.removesuffix(".gguf"))
-        notes += model.notes
-        sampling = (facts.temperature, facts.top_p)
-        texts["Modelfile"] = model.text
-        run = Run(name=name, file=gguf.name, context=context, temperature=facts.temperature, top_p=facts.top_p)
-        texts |= run_scripts(run)
-        texts["prometheus.yml"] = prometheus_yaml(name)
-        if row.cluster:
-            texts["kubernetes.yaml"] = kubernetes_yaml(
-                facts,
-                gguf.name,
-                name=name,
-                bytes=gguf.bytes,
-                context=context,
-                parallel=row.parallel,
-                gpu=row.name == "gpu",
-            )
+    run = _Running(context=row.context) if gguf is None else _running(gguf, row, output)
+    texts |= run.texts
+    notes = list(run.notes)
     if not licences:
         notes.append(f"the licence of {origin.base} is not known: find it out before passing this on")
     made = recall(checkpoint, [artifact.format for artifact in artifacts])
@@ -187,13 +167,50 @@ def _texts(
         results=measured,
         figures=drawn,
         target=row.name,
-        format=chat,
-        sampling=sampling,
-        context=context,
+        format=run.format,
+        sampling=run.sampling,
+        context=run.context,
         notes=notes,
     )
     texts["README.md"] = card_text(card)
     return texts, notes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Running:
+    """How a parcel's GGUF file is run: the texts of the files that do it by name, and what the card and its user should know."""
+
+    context: int
+    texts: Mapping[str, str] = field(default_factory=dict)
+    format: str | None = None
+    sampling: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _running(gguf: Artifact, row: Target, output: Path) -> _Running:
+    facts = gguf_facts(output / gguf.name)
+    context = min(row.context, facts.context)
+    model = make_modelfile(facts, gguf.name, context=context)
+    name = object_name(gguf.name.removesuffix(".gguf"))
+    scripts = Run(name=name, file=gguf.name, context=context, temperature=facts.temperature, top_p=facts.top_p)
+    texts = {"Modelfile": model.text, **run_scripts(scripts), "prometheus.yml": prometheus_yaml(name)}
+    if row.cluster:
+        texts["kubernetes.yaml"] = kubernetes_yaml(
+            facts,
+            gguf.name,
+            name=name,
+            bytes=gguf.bytes,
+            context=context,
+            parallel=row.parallel,
+            gpu=row.name == "gpu",
+        )
+    return _Running(
+        context=context,
+        texts=texts,
+        format=model.format,
+        sampling=(facts.temperature, facts.top_p),
+        notes=model.notes,
+    )
 
 
 def _versions(checkpoint: QuantizedCheckpoint) -> dict[str, str]:
