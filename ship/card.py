@@ -23,6 +23,7 @@ from r1q.ship.recall import Recalled
 _MOST_RESULTS = 1 << 28
 _MIB = 1 << 20
 _NOT_MEASURED = "not measured"
+_GUESSED = "the model's own, which Ollama has to guess"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +99,13 @@ def _file_row(name: str, size: int, kind: str) -> str:
 
 
 def _running(card: Card) -> str:
-    chat = card.format or "the model's own, which Ollama has to guess"
+    folder = all(kind != "gguf" for _, _, kind in card.files)
+    tools = "r1q: pip install 'r1q[onnx,serve]'" if folder else "Ollama, llama.cpp or r1q, whichever is installed"
+    chat = "" if folder else f" (chat format: {card.format or _GUESSED})"
     return (
-        '## Run it\n\n```bash\n./run.sh "What is 17 + 25?"        # Ollama, llama.cpp or r1q, whichever is installed\n'
+        f'## Run it\n\n```bash\n./run.sh "What is 17 + 25?"        # {tools}\n'
         "./run.sh --serve                   # an OpenAI-compatible server on 127.0.0.1\n```\n\n"
-        f"On Windows: `./run.ps1`. {_settings(card)}The context is {card.context} tokens (chat format: {chat}).\n"
+        f"On Windows: `./run.ps1`. {_settings(card)}The context is {card.context} tokens{chat}.\n"
     )
 
 

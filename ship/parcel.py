@@ -18,9 +18,10 @@ from r1q.core.checkpoint import MANIFEST, QuantizedCheckpoint
 from r1q.core.errors import InputError, UsageError
 from r1q.core.files import TEMP_PREFIX, atomic_write, sha256_file, writing
 from r1q.core.untrusted import printable
+from r1q.models.config import read_json
 from r1q.ship.card import Card, card_text, read_results
 from r1q.ship.cluster import kubernetes_yaml, object_name, prometheus_yaml
-from r1q.ship.facts import find_origin, gguf_facts
+from r1q.ship.facts import R1_TEMPERATURE, R1_TOP_P, find_origin, gguf_facts
 from r1q.ship.figures import figures
 from r1q.ship.licences import licences_of
 from r1q.ship.modelfile import make_modelfile
@@ -146,7 +147,7 @@ def _texts(
     if notices:
         texts["NOTICE"] = texts.get("NOTICE", "") + notices
     gguf = next((artifact for artifact in artifacts if artifact.format == "gguf"), None)
-    run = _Running(context=row.context) if gguf is None else _running(gguf, row, output)
+    run = _running_folder(artifacts[0], checkpoint, row) if gguf is None else _running(gguf, row, output)
     texts |= run.texts
     notes = list(run.notes)
     if not licences:
@@ -211,6 +212,15 @@ def _running(gguf: Artifact, row: Target, output: Path) -> _Running:
         sampling=(facts.temperature, facts.top_p),
         notes=model.notes,
     )
+
+
+def _running_folder(artifact: Artifact, checkpoint: QuantizedCheckpoint, row: Target) -> _Running:
+    """A folder is run by r1q alone, which reads template and settings from it."""
+    trained = read_json(checkpoint.sidecar / "config.json").get("max_position_embeddings")
+    context = min(row.context, trained) if isinstance(trained, int) and trained > 0 else row.context
+    name = object_name(f"{checkpoint.model_name}-{artifact.name}")
+    run = Run(name=name, file=artifact.name, context=context, temperature=R1_TEMPERATURE, top_p=R1_TOP_P)
+    return _Running(context=context, texts={**run_scripts(run), "prometheus.yml": prometheus_yaml(name)}, format=None)
 
 
 def _versions(checkpoint: QuantizedCheckpoint) -> dict[str, str]:

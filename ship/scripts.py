@@ -27,7 +27,7 @@ has() { command -v "$1" >/dev/null 2>&1; }
 tool=${R1Q_RUN:-}
 if [ -z "$tool" ]; then
   if has ollama && [ -f Modelfile ]; then tool=ollama
-  elif has llama-cli && has llama-server; then tool=llama
+  elif [ -f "@FILE@" ] && has llama-cli && has llama-server; then tool=llama
   elif has r1q; then tool=r1q
   else
     echo "none of ollama, llama.cpp (llama-cli, llama-server) and r1q is installed; get one of them:" >&2
@@ -80,7 +80,7 @@ function Has($tool) { [bool](Get-Command $tool -ErrorAction SilentlyContinue) }
 if ((Has ollama) -and (Test-Path Modelfile)) {
   ollama create '@NAME@' -f Modelfile
   if ($Serve) { 'served by Ollama as @NAME@: http://127.0.0.1:11434/v1' } else { ollama run '@NAME@' $Question }
-} elseif ((Has llama-cli) -and (Has llama-server)) {
+} elseif ((Test-Path -PathType Leaf '@FILE@') -and (Has llama-cli) -and (Has llama-server)) {
   $options = '-m', '@FILE@', '--jinja', '-c', '@CONTEXT@', '--temp', '@TEMPERATURE@', '--top-p', '@TOP_P@'
   if ($Serve) { llama-server @options --host 127.0.0.1 } else { llama-cli @options -st -p $Question }
 } elseif (Has r1q) {
@@ -94,7 +94,7 @@ exit $LASTEXITCODE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What the scripts run: the model's `name` for Ollama, the `file` beside them, and R1's settings."""
+    """What the scripts run: the model's `name` for Ollama, the `file` (or folder, for r1q alone) beside them, and R1's settings."""
 
     name: str
     file: str

@@ -17,10 +17,12 @@ from click.testing import CliRunner
 
 from r1q.cli import main
 from r1q.core.errors import InputError, UsageError
+from r1q.plan.job import Job, open_job, plan_job, run_job
 from r1q.ship.cluster import kubernetes_yaml, object_name
 from r1q.ship.facts import ModelFacts, Origin, find_origin, read_card
 from r1q.ship.licences import licences_of
 from r1q.ship.parcel import pack
+from r1q.ship.seal import check_parcel
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "Tiny-R1-4.9M-Q4_K_M"
@@ -51,6 +53,27 @@ def test_run_sh_answers_a_question_on_a_fresh_shell(parcel: Path, shell: dict[st
     done = run(parcel / "run.sh", "What is 17 + 25?", env=shell)
     assert (done.returncode, done.stdout) == (0, "42\n"), done.stderr
     assert "17 + 25" in done.stderr
+
+
+@pytest.mark.runtime
+def test_a_parcel_of_an_onnx_folder_runs_and_is_checked_too(
+    tmp_path: Path, shell: dict[str, str], flip: Callable[[Path, int], None]
+) -> None:
+    """It has a folder in it, and llama.cpp, though it is there, cannot read that."""
+    pytest.importorskip("onnxruntime")
+    opened = open_job(Job(bits=4, formats=("onnx",), output=tmp_path / "out"))
+    list(run_job(opened, plan_job(opened)))
+    packed = pack(tmp_path / "out", "phone", tmp_path / "p")
+    for tool in ("llama-cli", "llama-server"):
+        (Path(shell["PATH"]) / tool).symlink_to("/bin/false")
+    done = run(packed.path / "run.sh", "What is 17 + 25?", env=shell)
+    assert (done.returncode, done.stdout) == (0, "42\n"), done.stderr
+    assert "llama" not in (packed.path / "README.md").read_text()
+    assert any("/" in name for name in packed.files)
+    for name, size in packed.files.items():
+        flip(packed.path / name, 4 * size)
+        assert {defect.where.partition(": ")[0] for defect in check_parcel(packed.path)} == {name}
+        flip(packed.path / name, 4 * size)
 
 
 def test_run_sh_checks_first_and_says_what_is_missing(
