@@ -26,6 +26,7 @@ from r1q.core.grids import Bytes, bytes_to_floats, unpack
 from r1q.core.recipe import PlannedTensor
 from r1q.core.safetensors_file import write_safetensors
 from r1q.core.tensors import TensorSpec
+from r1q.distill.divergence import divergence_loss
 from r1q.distill.network import Network, load_network
 from r1q.distill.scales import changed_rows, load_healing
 from r1q.distill.text import Text
@@ -61,11 +62,11 @@ def heal_checkpoint(
         source
     )  # in float32, and so is everything: what quantization cost is small beside the noise of 16 bits
     now = None
-    for now in distill(teacher, network, changes, text, plan, work):
+    for now in distill(divergence_loss(network, teacher), changes, text, plan, work):
         yield now
     assert now is not None
     load_best(work, changes)
-    after = measure(teacher, _as_stored(checkpoint, network, changes), text)
+    after = measure(divergence_loss(_as_stored(checkpoint, network, changes), teacher), text)
     if not after < now.first:
         raise CheckError(
             f"healing did not help: {now.first:.5f} nats a token before, {after:.5f} after, on text kept apart; nothing was written. "

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from r1q.core.errors import InputError
 from r1q.core.safetensors_file import SafetensorsFile, write_safetensors
-from r1q.distill.divergence import divergence
-from r1q.distill.network import Network
+from r1q.distill.group import ALONE, Group, Loss
 from r1q.distill.text import Text
 
 STATE, BEST = "state.safetensors", "best.safetensors"
@@ -70,41 +69,54 @@ class Progress:
 
 
 def distill(
-    teacher: Network, student: Network, parameters: Mapping[str, Tensor], text: Text, plan: Plan, folder: Path
+    loss: Loss,
+    parameters: Mapping[str, Tensor],
+    text: Text,
+    plan: Plan,
+    folder: Path,
+    *,
+    held: Loss | None = None,
+    group: Group = ALONE,
 ) -> Iterator[Progress]:
-    """Train `parameters` of `student` in place until the plan's end or until it no longer improves, yielding each measurement.
+    """Train `parameters`, on which `loss` hangs, in place until the plan's end or until it no longer improves; yield each measurement.
 
-    `folder` holds the state and, under `BEST`, the parameters of the best measurement. Raises `InputError` where the loss is not a
-    number.
+    `folder` holds the state and, under `BEST`, the parameters of the best measurement. `held` is what is measured on text kept apart,
+    None: `loss`. Every process of `group` ends with the same parameters; the first one writes. Raises `InputError` where the loss
+    is not a number.
     """
+    held = held or loss
     for tensor in parameters.values():
         tensor.requires_grad_()
     optimizer = torch.optim.AdamW(parameters.values(), lr=plan.lr, betas=_BETAS, weight_decay=0.0)
+    learn = group.averaged(parameters, loss)
     now = _resume(folder, parameters, optimizer)
     if now is None:
-        held_out = measure(teacher, student, text)
+        held_out = measure(held, text, group)
         now = Progress(step=0, loss=0, held_out=held_out, first=held_out, best=held_out, best_step=0, seconds=0)
-        _save_best(folder, parameters)
+        if group.is_first:
+            _save_best(folder, parameters)
     yield now
     while now.step < plan.steps and not now.is_stuck(plan):
         began, losses = time.monotonic(), []
         stop = min(now.step + plan.every, plan.steps)
         for step in range(now.step, stop):
-            losses.append(_step(teacher, student, text.batch(step, plan.rows), optimizer, plan.lr_at(step)))
-        now = _measured(now, stop, losses, measure(teacher, student, text), time.monotonic() - began)
-        if now.best_step == now.step:
-            _save_best(folder, parameters)
-        _save(folder, parameters, optimizer, now)
+            losses.append(_step(learn, text.batch(step, plan.rows), optimizer, plan.lr_at(step), group))
+        now = _measured(now, stop, losses, measure(held, text, group), time.monotonic() - began)
+        if group.is_first:
+            if now.best_step == now.step:
+                _save_best(folder, parameters)
+            _save(folder, parameters, optimizer, now)
         yield now
 
 
-def measure(teacher: Network, student: Network, text: Text) -> float:
-    """Return the student's divergence from its teacher on the text that is kept apart, in nats a token."""
+def measure(loss: Loss, text: Text, group: Group = ALONE) -> float:
+    """Return the loss on the text that is kept apart, in nats a token; each process of `group` takes some of it."""
     total = count = 0.0
     with torch.no_grad():
-        for tokens, weights in text.validation():
-            total += float(_divergence(teacher, student, tokens, weights)) * float(weights.sum())
+        for tokens, weights in text.validation()[group.rank :: group.size]:
+            total += float(loss(tokens, weights)) * float(weights.sum())
             count += float(weights.sum())
+    total, count = group.total([total, count])
     return total / count
 
 
@@ -115,28 +127,21 @@ def load_best(folder: Path, parameters: Mapping[str, Tensor]) -> None:
             tensor.copy_(torch.from_numpy(file.read(name)))
 
 
-def _step(
-    teacher: Network, student: Network, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer, lr: float
-) -> float:
-    """Take one step and return the loss before it."""
-    loss = _divergence(teacher, student, *batch)
-    value = loss.item()
+def _step(loss: Loss, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer, lr: float, group: Group) -> float:
+    """Take one step and return the loss before it. The gradient is that of the whole batch, whoever computes which rows."""
+    tokens, weights = (group.share(part) for part in batch)
+    found = loss(tokens, weights) * (weights.sum() / batch[1].sum())
+    (value,) = group.total([found.item()])
+    found = found * group.size  # gradients are averaged over the group, and this is to be their sum
     if not math.isfinite(value):
         raise InputError("the divergence from the teacher is not a number; take a lower --lr and another folder")
-    torch.autograd.backward(loss)
-    for group in optimizer.param_groups:
-        torch.nn.utils.clip_grad_norm_(group["params"], _CLIP)
-        group["lr"] = lr
+    torch.autograd.backward(found)
+    for settings in optimizer.param_groups:
+        torch.nn.utils.clip_grad_norm_(settings["params"], _CLIP)
+        settings["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return value
-
-
-def _divergence(teacher: Network, student: Network, tokens: Tensor, weights: Tensor) -> Tensor:
-    # The teacher's matrices say in which dtype this machine multiplies fastest.
-    dtype = teacher.head.dtype
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return divergence(student, teacher, tokens, weights)
 
 
 def _measured(before: Progress, step: int, losses: list[float], held_out: float, seconds: float) -> Progress:

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from r1q.cli import main
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import InputError, UsageError
 from r1q.core.safetensors_file import SafetensorsFile, write_safetensors
@@ -145,6 +147,13 @@ def test_an_adapter_of_another_model_is_refused_with_tensor_and_shapes(make_mode
     without = tuple(spec for spec in wide.tensors if spec.name != Q0)
     with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj\.weight, which this model does not have"):
         Adapter.open(folder, without)
+
+
+def test_the_command_refuses_an_adapter_of_another_model(make_model: MakeModel, tmp_path: Path) -> None:
+    command = ["quantize", str(make_model(hidden_size=96)), "--lora", str(small_adapter(tmp_path / "other"))]
+    done = CliRunner().invoke(main, [*command, "--scheme", "q8_0", "-o", str(tmp_path / "out")])
+    assert (done.exit_code, "belongs to another model" in done.output) == (3, True), done.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_pickled_links_and_halves_are_refused(make_model: MakeModel, tmp_path: Path) -> None:

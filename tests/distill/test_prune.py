@@ -130,6 +130,8 @@ def test_a_seven_billion_model_to_one_and_a_half_is_four_cuts() -> None:
         (["--hidden", "192"], 3, "as wide as the hidden states"),
         ([], 2, "say how small"),
         (["--to", "0.5x", "--ffn", "512"], 2, "say how small"),
+        (["--to", "0.5x", "--student", "x"], 2, "leave --to and sizes out"),
+        (["--to", "0.5x", "--cache", "much"], 2, "is no size"),
     ],
 )
 def test_the_command_says_what_is_wrong(tmp_path: Path, options: list[str], code: int, reason: str) -> None:

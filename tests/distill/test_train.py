@@ -13,7 +13,7 @@ from r1q.cli import main
 from r1q.core.errors import InputError
 from r1q.core.metrics import score
 from r1q.distill import divergence as divergence_module
-from r1q.distill.divergence import divergence
+from r1q.distill.divergence import divergence, divergence_loss
 from r1q.distill.network import Network, load_network
 from r1q.distill.text import ProblemText, WindowText, open_text
 from r1q.distill.train import BEST, STATE, Plan, distill, load_best
@@ -78,7 +78,7 @@ class _Killed(WindowText):
 def _run(teacher: Network, student: ModelSource, text: WindowText, plan: Plan, folder: Path) -> list[float]:
     folder.mkdir(exist_ok=True)
     network = load_network(student)
-    return [now.held_out for now in distill(teacher, network, network.tensors, text, plan, folder)]
+    return [now.held_out for now in distill(divergence_loss(network, teacher), network.tensors, text, plan, folder)]
 
 
 def test_a_killed_run_ends_with_the_same_bytes(pair: tuple[ModelSource, ModelSource], tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_run_that_does_not_improve_stops_and_keeps_its_best(
 ) -> None:
     teacher, student = load_network(pair[0]), load_network(pair[1])
     plan = Plan(steps=1000, rows=2, lr=30.0, every=1, patience=3)
-    steps = list(distill(teacher, student, student.tensors, _text(), plan, tmp_path))
+    steps = list(distill(divergence_loss(student, teacher), student.tensors, _text(), plan, tmp_path))
     assert (steps[-1].step, steps[-1].best_step, steps[-1].best) == (3, 0, steps[0].held_out)
     load_best(tmp_path, student.tensors)
     for spec in pair[1].tensors:
