@@ -86,8 +86,8 @@ def _without(ranges: Sequence[Range], taken: Sequence[Range]) -> list[Range]:
 def _collapse(ranges: Sequence[Range], size: int) -> None:
     """Make huge pages of the filled, aligned stretches of `size` bytes in `ranges`; stop where the system refuses."""
     library = ctypes.CDLL(None, use_errno=True)
-    arguments = [ctypes.c_void_p, ctypes.c_size_t]
-    library.madvise.argtypes, library.mincore.argtypes = [*arguments, ctypes.c_int], [*arguments, ctypes.c_void_p]
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     present = np.empty(size // mmap.PAGESIZE, dtype=np.uint8)
     failures = 0
     for start, stop in ranges:

@@ -226,7 +226,7 @@ def put_in_order(graph: Any, product: str, order: str) -> None:
     for place, (operator, inputs, output) in enumerate(
         (("Shape", [x], "sides"), ("Expand", [order, "sides"], "spread"), ("GatherElements", [x, "spread"], "again"))
     ):
-        axis = {"axis": -1} if operator == "GatherElements" else {}
+        axis: dict[str, Any] = {"axis": -1} if operator == "GatherElements" else {}
         graph.node.insert(at + place, onnx.helper.make_node(operator, inputs, [output], name=output, **axis))
 
 
