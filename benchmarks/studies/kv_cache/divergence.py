@@ -1,6 +1,6 @@
 """How far 8-bit keys and values lead from float ones over a long window, same codes: divergence.py --text FILE FLOAT EIGHT …
 
-Subjects come in pairs, RUNTIME:PATH or RUNTIME:PATH:CACHE, as onnxruntime:out/onnx or llama-cpp:out/model.gguf:q8_0. Prints JSON lines:
+Subjects come in pairs, RUNTIME:PATH or RUNTIME:PATH:CACHE, as onnxruntime:out/onnx and llama-cpp:out/model.gguf:q8_0. Prints JSON:
 divergence at every position of one window of 8,192 tokens, and at its last 1,024.
 """
 

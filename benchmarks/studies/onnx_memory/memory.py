@@ -36,7 +36,7 @@ def child(folder: Path, runtime: str, context: int) -> dict[str, object]:
     stages["libraries"] = held()
     with adapter.open(folder, Options(context=context)) as session:
         stages["opened"] = held()
-        tokens = np.random.default_rng(0).integers(100, 30000, context - STEPS).tolist()
+        tokens = np.random.default_rng(0).integers(10, session.vocab, context - STEPS).tolist()
         began = time.perf_counter()
         session.prefill(0, tokens)
         prefill = len(tokens) / (time.perf_counter() - began)

@@ -79,7 +79,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     samples: dict[Path, list[tuple[float, float]]] = {folder: [] for folder in sessions}
     for number in range(asked.rounds + 1 if asked.rounds else 0):
-        tokens = rng.integers(100, 30000, LENGTH + STEPS).tolist()
+        tokens = rng.integers(10, min(session.vocab for session in sessions.values()), LENGTH + STEPS).tolist()
         for folder, session in sessions.items():
             found = turn(session, tokens)
             if number:  # the first round warms up
