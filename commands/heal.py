@@ -13,7 +13,7 @@ import click
 @click.option("--steps", type=click.IntRange(min=1), default=100, show_default=True, help="Steps of training.")
 @click.option("--rows", type=click.IntRange(min=1), default=4, show_default=True, help="Windows of text a step.")
 @click.option(
-    "--lr", type=click.FloatRange(min=0, min_open=True), default=5e-4, show_default=True, help="Relative change a step."
+    "--lr", type=click.FloatRange(min=0, min_open=True), default=1e-4, show_default=True, help="Relative change a step."
 )
 @click.option("--every", type=click.IntRange(min=1), default=20, show_default=True, help="Steps between measurements.")
 @click.option("--patience", type=click.IntRange(min=1), default=4, show_default=True, help="Measurements without gain.")

@@ -13,12 +13,16 @@ from r1q.commands.distilling import refuse_large
 from r1q.core.artifact import OutputFolder, find_reference
 from r1q.core.checkpoint import MANIFEST, QuantizedCheckpoint
 from r1q.core.errors import CheckError, InputError
+from r1q.core.recipe import PlannedTensor
 from r1q.distill.heal import Healed, heal_checkpoint
-from r1q.distill.network import memory_need
-from r1q.distill.text import open_text
+from r1q.distill.network import product_dtype
+from r1q.distill.text import PROBLEMS, open_text
 from r1q.distill.train import Plan, Progress
 from r1q.models.embedded import open_model
+from r1q.models.source import ModelSource
 from r1q.models.tokenizer import Tokenizer
+from r1q.plan.healing import healing_parts
+from r1q.plan.memory import Workload
 from r1q.plan.walk import Exported, export_checkpoint
 from r1q.quantize.run import Event
 
@@ -47,8 +51,7 @@ def heal_output(asked: Asked, *, progress: bool = False) -> Iterator[Progress | 
     if found is None:
         raise InputError(f"{asked.quantized} does not say which float model it was made from; give --reference MODEL")
     source = open_model(str(found), progress=progress).source
-    weights = sum(spec.size for spec in source.tensors)
-    refuse_large(memory_need(weights, weights // 32, source.config, asked.plan.rows * asked.length, codes=weights))
+    refuse_large(_memory_need(checkpoint, source, asked))
     if not (after.checkpoint / MANIFEST).is_file():
         if after.path.exists() and {path.name for path in after.path.iterdir()} - {WORK, after.checkpoint.name}:
             raise InputError(f"{after.path} exists and holds something else; choose another folder with -o")
@@ -62,6 +65,16 @@ def heal_output(asked: Asked, *, progress: bool = False) -> Iterator[Progress | 
     shutil.rmtree(after.path / WORK, ignore_errors=True)
     after.remember_source(source.path)
     yield from export_checkpoint(after, tuple(before.listed()))
+
+
+def _memory_need(checkpoint: QuantizedCheckpoint, source: ModelSource, asked: Asked) -> int:
+    planned = [PlannedTensor(spec=r.spec, scheme=r.scheme, wanted=r.wanted) for r in checkpoint.records.values()]
+    work = Workload(config=source.config, tensors=planned, windows=asked.samples, length=asked.length)
+    parts = healing_parts(
+        work, "bfloat16" if product_dtype().itemsize == 2 else "float32", asked.plan.rows * asked.length
+    )
+    whole = 4 * sum(spec.size for spec in source.tensors) if asked.text == PROBLEMS else 0
+    return sum(parts.values()) + whole
 
 
 def show_healing(console: Console, steps: Iterator[Progress | Healed | Event | Exported], plan: Plan) -> Iterator[Path]:

@@ -51,7 +51,13 @@ METHOD = (
     click.Option(
         ["--effort"],
         type=click.Choice(["fast", "default", "high"]),
-        help="Calibrate: fast (GPTQ), default (and make good what earlier layers shifted), high (and refine every layer).",
+        help="Calibrate: fast (GPTQ), default (and make good what earlier layers shifted), high (and refine every layer, and heal).",
+    ),
+    click.Option(
+        ["--heal"],
+        type=click.IntRange(min=0),
+        metavar="STEPS",
+        help="Then train scales and norms, codes untouched, on what the float model predicts.  [default: 40 with --effort high]",
     ),
     click.Option(
         ["--calibration"],

@@ -1,7 +1,8 @@
 """Healing: scales and norms of a finished checkpoint are trained on the float model's predictions; no code changes, no byte is added.
 
 What was trained is rounded to what the format stores, measured in that form on text kept apart, and written only where the divergence
-fell. Both models are in memory whole, and the gradients' way through one batch.
+fell. The float model passes once, block by block; the quantized one is in memory whole, a byte a weight and its scales, with a batch's
+states between its blocks.
 """
 
 from __future__ import annotations
@@ -23,15 +24,21 @@ from r1q.core.checkpoint import JOB, JOURNAL, MANIFEST, QuantizedCheckpoint, sto
 from r1q.core.errors import CheckError, InputError
 from r1q.core.files import atomic_path, sha256_file, write_json, writing
 from r1q.core.grids import Bytes, bytes_to_floats, unpack
+from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor
 from r1q.core.safetensors_file import write_safetensors
 from r1q.core.tensors import TensorSpec
-from r1q.distill.divergence import divergence_loss
-from r1q.distill.network import Network, load_network
+from r1q.distill.frozen_heads import FrozenHeads, divergence_of_states
+from r1q.distill.network import product_dtype
 from r1q.distill.scales import changed_rows, load_healing
+from r1q.distill.teacher import Truth, read_head, teacher_states
 from r1q.distill.text import Text
-from r1q.distill.train import Plan, Progress, distill, load_best, measure
+from r1q.distill.train import Plan, Progress, distill, load_best
+from r1q.models.config import ModelConfig
+from r1q.models.forward import final_states
 from r1q.models.source import ModelSource
+
+TRUTH = "truth.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,38 +50,64 @@ class Healed:
     after: float
     reached: Progress
 
+    @property
+    def helped(self) -> bool:
+        """Whether the divergence fell."""
+        return self.after < self.before
+
+    @property
+    def told(self) -> str:
+        """The line for a manifest."""
+        how = f"{self.before:.5f} to {self.after:.5f} nats a token on text kept apart, {self.reached.best_step} steps"
+        return f"healed: {how}" if self.helped else f"healing did not help: {how}"
+
 
 def heal_checkpoint(
-    checkpoint: QuantizedCheckpoint, source: ModelSource, text: Text, plan: Plan, folder: Path, work: Path
+    checkpoint: QuantizedCheckpoint,
+    source: ModelSource,
+    text: Text,
+    plan: Plan,
+    folder: Path,
+    work: Path,
+    *,
+    always: bool = False,
 ) -> Iterator[Progress | Healed]:
     """Write a healed copy of `checkpoint` into `folder`, yielding each measurement and at last what came of it.
 
-    `work` holds the state of the training; a killed run goes on from it. Raises `InputError` where `source` is another model's or
-    nothing can be healed, `CheckError` where the divergence did not fall (nothing is written then), `ResourceError` for a full disk.
+    `work` holds the state of the training; a killed run goes on from it. Where the divergence did not fall nothing is written and
+    `CheckError` raised; with `always` the copy is then one of the checkpoint as it is, with an event that says so. Raises
+    `InputError` where `source` is another model's or nothing can be healed, `ResourceError` for a full disk.
     """
     _require_same_model(checkpoint, source)
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
-    job = _job(checkpoint, source, text, plan)
+    dtype = product_dtype()
+    job = _job(checkpoint, source, text, plan, dtype)
     journal.open_job(work, job)
-    network, changes = load_healing(checkpoint, source.config)
-    teacher = load_network(
-        source
-    )  # in float32, and so is everything: what quantization cost is small beside the noise of 16 bits
+    truth = teacher_states(source, text, work / TRUTH)
+    network, changes = load_healing(checkpoint, source.config, matrices=dtype)
+    heads = FrozenHeads(network.head, read_head(source, dtype))
+
+    def loss(tokens: Tensor, weights: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            states = network.hidden(tokens, lean=True)
+        return divergence_of_states(states.flatten(0, 1), truth(tokens).flatten(0, 1), heads, weights.flatten())
+
     now = None
-    for now in distill(divergence_loss(network, teacher), changes, text, plan, work):
+    for now in distill(loss, changes, text, plan, work):
         yield now
     assert now is not None
     load_best(work, changes)
-    after = measure(divergence_loss(_as_stored(checkpoint, network, changes), teacher), text)
-    if not after < now.first:
-        raise CheckError(
-            f"healing did not help: {now.first:.5f} nats a token before, {after:.5f} after, on text kept apart; nothing was written. "
-            "Give more text, or a lower --lr"
-        )
-    note = f"healed: {now.first:.5f} to {after:.5f} nats a token on text kept apart, {now.best_step} steps"
-    _write(checkpoint, source, changes, folder, {**job, "before": now.first, "after": after}, note)
-    yield Healed(folder=folder, before=now.first, after=after, reached=now)
+    before, after = (
+        _divergence(_Stored(checkpoint, source.config, moved), truth, heads, text) for moved in ({}, changes)
+    )
+    reached = Healed(folder=folder, before=before, after=after, reached=now)
+    if not reached.helped:
+        if not always:
+            raise CheckError(f"{reached.told}; nothing was written. Give more text, or a lower --lr")
+        changes = {}
+    _write(checkpoint, source, changes, folder, {**job, "before": before, "after": after}, reached.told)
+    yield reached
 
 
 def _require_same_model(checkpoint: QuantizedCheckpoint, source: ModelSource) -> None:
@@ -84,7 +117,9 @@ def _require_same_model(checkpoint: QuantizedCheckpoint, source: ModelSource) ->
         raise InputError(f"{source.path} is not the model {checkpoint.path} was made from: their tensors differ")
 
 
-def _job(checkpoint: QuantizedCheckpoint, source: ModelSource, text: Text, plan: Plan) -> dict[str, object]:
+def _job(
+    checkpoint: QuantizedCheckpoint, source: ModelSource, text: Text, plan: Plan, dtype: torch.dtype
+) -> dict[str, object]:
     return {
         "checkpoint": sha256_file(checkpoint.path / MANIFEST),
         "teacher": source.fingerprint(),
@@ -92,27 +127,48 @@ def _job(checkpoint: QuantizedCheckpoint, source: ModelSource, text: Text, plan:
         "plan": asdict(plan),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "compute": str(dtype).rpartition(".")[2],
     }
 
 
-def _as_stored(checkpoint: QuantizedCheckpoint, network: Network, changes: Mapping[str, Tensor]) -> Network:
-    """Return the network with every tensor as a reader of the new file will find it."""
-    tensors = {}
-    for spec in checkpoint.tensors:
-        stored = changed_rows(checkpoint, spec, changes)
-        values = _values(
-            checkpoint, spec, checkpoint.packed_rows(spec.name, 0, spec.rows) if stored is None else stored
-        )
-        tensors[spec.name] = torch.from_numpy(values).reshape(spec.shape)
-    return Network(config=network.config, specs=network.specs, tensors=tensors)
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A checkpoint as a reader of the file that is made of it under `changes` will find it."""
+
+    checkpoint: QuantizedCheckpoint
+    config: ModelConfig
+    changes: Mapping[str, Tensor]
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Every tensor of the model."""
+        return self.checkpoint.tensors
+
+    def read_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Return rows [start, stop) in float32."""
+        spec = self.checkpoint.spec(name)
+        stored = changed_rows(self.checkpoint, spec, self.changes)
+        if stored is None:
+            return self.checkpoint.read_rows(name, start, stop)
+        return _values(self.checkpoint, spec, stored)[start:stop]
 
 
-def _values(
-    checkpoint: QuantizedCheckpoint, spec: TensorSpec, stored: Bytes
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def _divergence(reader: _Stored, truth: Truth, heads: FrozenHeads, text: Text) -> float:
+    """Return the divergence on the text kept apart, in nats a token, of a forward pass in float32."""
+    total = count = 0.0
+    for tokens, weights in text.validation():
+        states = torch.from_numpy(final_states(reader, tokens.numpy())).flatten(0, 1)
+        found = divergence_of_states(states, truth(tokens).flatten(0, 1), heads, weights.flatten())
+        total += float(found) * float(weights.sum())
+        count += float(weights.sum())
+    return total / count
+
+
+def _values(checkpoint: QuantizedCheckpoint, spec: TensorSpec, stored: Bytes) -> Floats:
+    """Return the values of all rows [rows, columns] as `stored`."""
     scheme = checkpoint.scheme(spec.name)
     if scheme.facts.family == "float":
-        return np.array(bytes_to_floats(scheme.grid, stored))
+        return bytes_to_floats(scheme.grid, stored)
     return unpack(scheme, stored, spec.columns).dequantize()
 
 

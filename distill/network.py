@@ -5,12 +5,14 @@ The formulas are those of `models/block.py`. Tensors go by Hugging Face's names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from r1q.core.tensors import TensorSpec
 from r1q.models.block import run_block
@@ -28,13 +30,20 @@ class Network:
     specs: tuple[TensorSpec, ...]
     tensors: Mapping[str, Tensor]
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Return what the head reads of `tokens` [windows, length]: [windows, length, hidden_size], float32."""
+    def hidden(self, tokens: Tensor, *, lean: bool = False) -> Tensor:
+        """Return what the head reads of `tokens` [windows, length]: [windows, length, hidden_size], float32.
+
+        `lean` keeps for the way back the states between blocks alone, and makes each block's inner ones a second time.
+        """
         turn = rotation(self.config, tokens.shape[1])
         states = self.tensors[self._name("token_embd", None)][tokens].float()
-        for layer in range(self.config.num_layers):
+
+        def block(layer: int, states: Tensor) -> Tensor:
             weights = {spec.key: self.tensors[spec.name] for spec in self.specs if spec.layer == layer}
-            states = run_block(weights, self.config, states, turn).float()
+            return run_block(weights, self.config, states, turn).float()
+
+        for layer in range(self.config.num_layers):
+            states = checkpoint(block, layer, states, use_reentrant=False) if lean else block(layer, states)
         return rms_norm(states, self.tensors[self._name("output_norm", None)], self.config.rms_norm_eps)
 
     @property
@@ -55,19 +64,29 @@ def load_network(source: TensorReader, *, matrices: torch.dtype = torch.float32)
     return Network(config=source.config, specs=tuple(source.tensors), tensors=tensors)
 
 
+@contextmanager
+def computing_threads(count: int) -> Iterator[None]:
+    """Compute with `count` threads; what was set before comes back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def product_dtype() -> torch.dtype:
     """Return bfloat16 where this processor multiplies it (AVX-512 BF16, AMX), else float32."""
     supported = torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.bfloat16 if supported else torch.float32
 
 
-def memory_need(teacher: int, trained: int, config: ModelConfig, positions: int, *, codes: int = 0) -> int:
+def memory_need(teacher: int, trained: int, config: ModelConfig, positions: int) -> int:
     """Return about how many bytes training takes.
 
-    `teacher` and `trained` are numbers of weights, the latter in float32 with a gradient, two moments and a copy in 16 bits. Of
-    `codes` weights there are units, values and the gradients of these. `positions` are the tokens of a step, of whose way through
-    `config` all inner states are kept.
+    `teacher` and `trained` are numbers of weights, the latter in float32 with a gradient, two moments and a copy in 16 bits.
+    `positions` are the tokens of a step, of whose way through `config` all inner states are kept.
     """
     kept = 4 * positions * config.num_layers * (12 * config.hidden_size + 5 * config.intermediate_size)
-    width = 4 if codes else torch.finfo(product_dtype()).bits // 8
-    return width * teacher + 18 * trained + 12 * codes + kept + (1 << 29)
+    width = torch.finfo(product_dtype()).bits // 8
+    return width * teacher + 18 * trained + kept + (1 << 29)

@@ -84,6 +84,25 @@ def logits(
     """
     if tokens.ndim != 2 or not 0 <= first <= tokens.shape[1]:
         raise ValueError(f"tokens of shape {tokens.shape} with first = {first}")
+    hidden = _through_blocks(source, tokens, device, rounded=rounded)
+    window_bytes = 4 * (tokens.shape[1] - first) * source.config.vocab_size
+    count = max(1, memory // max(1, window_bytes))
+    for start in range(0, len(tokens), count):
+        yield from _apply_head(source, hidden[start : start + count, first:]).numpy()
+
+
+def final_states(source: TensorReader, tokens: Tokens, device: Device = "cpu") -> Floats:
+    """Return what the head reads of `tokens` [windows, length]: [windows, length, hidden_size]. Raises as `logits` does."""
+    hidden = _through_blocks(source, tokens, device)
+    with torch.inference_mode():
+        for window in hidden:
+            window.copy_(rms_norm(window, _last_norm(source, hidden.device), source.config.rms_norm_eps))
+    states: Floats = hidden.numpy(force=True)
+    return states
+
+
+def _through_blocks(source: TensorReader, tokens: Tokens, device: Device, *, rounded: bool = False) -> Tensor:
+    """Return the hidden states [windows, length, hidden_size] behind the last block."""
     hidden = embed(source, tokens, device)
     turn = rotation(source.config, tokens.shape[1], device)
     for layer in range(source.config.num_layers):
@@ -92,10 +111,7 @@ def logits(
         del weights  # before the next block is read: one block at a time
         if rounded:
             hidden = hidden.bfloat16().float()
-    window_bytes = 4 * (tokens.shape[1] - first) * source.config.vocab_size
-    count = max(1, memory // max(1, window_bytes))
-    for start in range(0, len(tokens), count):
-        yield from _apply_head(source, hidden[start : start + count, first:]).numpy()
+    return hidden
 
 
 @torch.inference_mode()
@@ -141,9 +157,7 @@ def _run_block_in_place(weights: Weights, config: ModelConfig, hidden: Tensor, t
 @torch.inference_mode()
 def _apply_head(source: TensorReader, hidden: Tensor) -> Tensor:
     """Return the logits [windows, positions, vocab_size], on the CPU, of the last block's hidden states."""
-    norm = _by_kind(source, "output_norm")
-    weight = _tensor(source.read_rows(norm.name, 0, norm.rows), hidden.device).reshape(norm.shape)
-    normed = rms_norm(hidden, weight, source.config.rms_norm_eps)
+    normed = rms_norm(hidden, _last_norm(source, hidden.device), source.config.rms_norm_eps)
     head = _by_kind(source, "token_embd" if source.config.tied else "output")
     result = torch.empty((*hidden.shape[:-1], head.rows))
     slab_rows = max(1, _SLAB_BYTES // (4 * head.columns))
@@ -152,6 +166,11 @@ def _apply_head(source: TensorReader, hidden: Tensor) -> Tensor:
         result[..., start:stop] = normed @ _tensor(source.read_rows(head.name, start, stop), hidden.device).T
     _require_finite(result, head.name)
     return result
+
+
+def _last_norm(source: RowReader, device: Device) -> Tensor:
+    norm = _by_kind(source, "output_norm")
+    return _tensor(source.read_rows(norm.name, 0, norm.rows), device).reshape(norm.shape)
 
 
 def _require_finite(values: Tensor, where: str) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 _LADDER = (*_BFLOAT16, "avx512f", "avx2", "asimd")
 _PASSES: Mapping[Effort, int] = MappingProxyType({"fast": 0, "default": 0, "high": 4})
+HEAL: Mapping[Effort, int] = MappingProxyType({"fast": 0, "default": 0, "high": 40})
 
 
 def choose_engine(job: Job, checkpoint: Path) -> tuple[Engine, bool]:
@@ -47,11 +48,13 @@ def choose_engine(job: Job, checkpoint: Path) -> tuple[Engine, bool]:
         device=job.device,
         damp=job.damp,
         passes=_PASSES[effort],
+        heal=HEAL[effort] if job.heal is None else job.heal,
         experts=job.moe_calibration,
     )
     if begun is None:
         return engine, False
-    return replace(engine, tile=begun.tile, slab=begun.slab), True
+    left_out = job.heal is None and not begun.heal  # there was no memory for it, then
+    return replace(engine, tile=begun.tile, slab=begun.slab, heal=0 if left_out else engine.heal), True
 
 
 def _begun(checkpoint: Path) -> Engine | None:

@@ -12,6 +12,7 @@ from r1q.core.errors import CheckError, ResourceError, UsageError
 from r1q.models.embedded import OpenedModel, open_model
 from r1q.plan.activations import ActivationText
 from r1q.plan.choose import W8A8, Choice, Wish, choose_recipe
+from r1q.plan.healing import fit_healing, left_unhealed
 from r1q.plan.kv_cache import CacheText, cache_text
 from r1q.plan.memory import Workload, ceiling, fit_engine, memory_parts, rounding_parts, short_of
 from r1q.plan.plan import Plan, make_plan
@@ -41,6 +42,7 @@ class Job:
     method: str | None = None
     imatrix: Path | None = None
     effort: str | None = None
+    heal: int | None = None
     calibration: str | None = None
     samples: int = 128
     seq_len: int = 512
@@ -57,7 +59,7 @@ class Job:
     def calibrated(self) -> bool:
         """Whether the model sees text: asked for by `method`, or by an option that means nothing without it."""
         text = self.calibration and not self.static
-        return self.method == "gptq" or (self.method is None and bool(self.effort or text))
+        return self.method == "gptq" or (self.method is None and bool(self.effort or text or self.heal))
 
     @property
     def static(self) -> bool:
@@ -126,6 +128,10 @@ def refuse_contradictions(job: Job) -> None:
     cache_text(job.kv, job.formats, CacheText())
     if job.activations is not None and not job.static:
         raise UsageError("--activations says how ranges of inputs are found: it goes with --scheme w8a8")
+    if job.heal and (job.static or job.method == "rtn"):
+        raise UsageError(
+            "--heal trains scales behind a calibrated run, of weights alone: leave it out, or --method rtn and w8a8"
+        )
     if job.method == "rtn" and (job.effort or (job.calibration and job.cache is None and not job.static)):
         raise UsageError("--method rtn looks at no text: leave --effort and --calibration out, or the method")
     if job.calibrated and job.imatrix is not None:
@@ -174,7 +180,8 @@ def _calibration(opened: OpenedJob, plan: Plan) -> Calibration:
         job.calibration or "builtin", Tokenizer.open(opened.model.source.path), samples=job.samples, length=job.seq_len
     )
     engine = planned_engine(opened, plan, len(windows.tokens))
-    return Calibration(tokens=windows.tokens, record=windows.record, engine=engine)
+    missed = () if engine.heal else left_unhealed(job, workload(opened, plan, len(windows.tokens)), engine)
+    return Calibration(tokens=windows.tokens, record=windows.record, engine=engine, notes=missed)
 
 
 def workload(opened: OpenedJob, plan: Plan, windows: int | None = None) -> Workload:
@@ -201,7 +208,7 @@ def planned_engine(opened: OpenedJob, plan: Plan, windows: int | None = None) ->
             f"the run in {job_folder(job, plan)} was begun with tiles and slabs that need about {need} bytes of memory, and may take "
             f"{limit}; others would change its last bits: give it a larger --max-ram, or choose another -o"
         )
-    return fitted
+    return fit_healing(job, work, fitted, limit, begun=begun)
 
 
 def newest_or_embedded() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from r1q.plan.healing import HEALING_COPIES, healing_parts, healing_work
 from r1q.plan.job import OpenedJob, planned_engine, refuse_little_memory, workload
 from r1q.plan.memory import memory_parts, rounding_parts, tell
 from r1q.plan.plan import Plan
@@ -41,6 +42,8 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
     if job.calibrated:
         engine = planned_engine(opened, plan)
         parts, spilled = memory_parts(workload(opened, plan), engine), engine.spill
+        healing = healing_parts(workload(opened, plan), engine.compute) if engine.heal else {}
+        parts = max(parts, healing, key=lambda found: sum(found.values()))
         hidden = 2 * 4 * tokens * config.hidden_size * (2 if engine.exact_stream else 1)
         if timed:
             from r1q.quantize import pace
@@ -49,6 +52,11 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
                 (t.scheme for t in plan.tensors if t.spec.layer == 0 and t.scheme.facts.family != "float"), None
             )
             if scheme is not None:
-                seconds = pace.seconds(config, plan.tensors, engine, tokens, pace.probe(engine, scheme))
+                found = pace.probe(engine, scheme)
+                seconds = pace.seconds(config, plan.tensors, engine, tokens, found)
+                if engine.heal:
+                    products, exact = healing_work(workload(opened, plan), engine)
+                    seconds += products / found.products + exact / found.exact_products
+        hidden = max(hidden, HEALING_COPIES * plan.bytes if engine.heal else 0)
     disk = sum(sizes.values()) + hidden
     return Outlook(bytes=sizes, disk=disk, memory=sum(parts.values()), parts=parts, spilled=spilled, seconds=seconds)

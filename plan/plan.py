@@ -63,10 +63,10 @@ class Plan:
             for (wanted, grid, columns), count in kinds.items()
         ]
 
-    def check_disk(self, folder: Path) -> None:
-        """Raise `ResourceError` when the disk of `folder` cannot take the checkpoint and a file of each format."""
+    def check_disk(self, folder: Path, *, more: int = 0) -> None:
+        """Raise `ResourceError` when the disk of `folder` cannot take the checkpoint, a file of each format and `more` bytes."""
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        need, free = (1 + len(self.formats)) * self.bytes + _METADATA_BYTES, shutil.disk_usage(existing).free
+        need, free = (1 + len(self.formats)) * self.bytes + _METADATA_BYTES + more, shutil.disk_usage(existing).free
         if need > free:
             raise ResourceError(
                 f"{folder} needs {need / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free; free space or choose another -o"

@@ -68,6 +68,8 @@ class Work:
         elif event.what == "tensor":
             self.where = self._names.get(event.name, event.name)
             self._finish((self.where,))
+        elif event.what == "healing":
+            self.where = f"healing, {event.name}"
         elif event.what == "done":
             self.where = "writing files"
         if event.what in ("kept", "file"):
@@ -102,12 +104,14 @@ def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan, *
                 results.append(event)
                 continue
             work.take(event)
-            if event.what == "note":
-                console.print(f"  note: {event.name}", highlight=False)
+            if event.what in ("note", "healed"):
+                console.print(f"  {'note: ' * (event.what == 'note')}{event.name}", highlight=False)
             # Events are seconds apart in long runs: each is drawn, instead of whatever stands when a timer ticks.
             progress.update(
                 task, completed=work.share, description=work.where or "quantize", told=work.told(), refresh=True
             )
+            if event.what == "healing" and not console.is_terminal:
+                console.print(f"  {work.where}", highlight=False)
             if not console.is_terminal and event.what == "file" and time.monotonic() - spoken > LINE_SECONDS:
                 console.print(f"  {work.told()}", highlight=False)
                 spoken = time.monotonic()

@@ -17,6 +17,7 @@ from r1q.core.files import remove_leftovers, sha256_file
 from r1q.models.embedded import OpenedModel
 from r1q.models.source import ModelSource
 from r1q.plan.activations import ActivationText, balanced_source
+from r1q.plan.healing import HEALING_COPIES, healed_checkpoint
 from r1q.plan.kv_cache import CacheText, cache_scales
 from r1q.plan.plan import Plan
 from r1q.quantize.balance import BalancedSource
@@ -54,10 +55,12 @@ def quantize_model(
     """
     output.refuse_foreign()
     if not (output.checkpoint / MANIFEST).is_file():
-        plan.check_disk(output.path)
+        healed = calibrated is not None and calibrated.engine.heal
+        plan.check_disk(output.path, more=HEALING_COPIES * plan.bytes if healed else 0)
         _refuse_unexportable(model.source.path, plan.formats)
     source: ModelSource | BalancedSource = model.source
-    notes: list[str] = []
+    notes: list[str] = [] if calibrated is None else list(calibrated.notes)
+    yield from (Event(what="note", name=note) for note in notes)
     for found in () if activations is None else balanced_source(model.source, output, activations):
         if isinstance(found, Event):
             notes += [found.name] if found.what == "note" else []
@@ -76,7 +79,10 @@ def quantize_model(
         calibrated=calibrated,
         notes=(*plan.notes, *notes),
     )
-    yield from quantize_checkpoint(source, request, output.checkpoint)
+    if calibrated is not None and calibrated.engine.heal:
+        yield from healed_checkpoint(model.source, request, output)
+    else:
+        yield from quantize_checkpoint(source, request, output.checkpoint)
     # With an adapter no folder holds the float model, and bench shall not compare with the base as if it were.
     if "adapter" not in model.origin and find_reference(output.path) != model.source.path.resolve():
         # Not only on the first run: a kill just after the manifest, or a source that moved, would leave bench without its reference.

@@ -32,7 +32,8 @@ STATE_STEM = "hidden-"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One step of a run. `what` is `kept` (a block file of `count` tensors from an earlier run), `stage` (a stage of a block is
-    coded), `note` (`name` says what was done otherwise than asked), `tensor`, `file`, `done` or `already done`.
+    coded), `note` (`name` says what was done otherwise than asked), `tensor`, `file`, `healing` (`count` steps of training are done),
+    `healed` (`name` says what came of it), `done` or `already done`.
     """
 
     what: str
@@ -56,11 +57,15 @@ Finished = MutableMapping[str, journal.FinishedFile]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What a calibrated run sees and how it computes: token ids [windows, length], what the manifest says of them, the engine."""
+    """What a calibrated run sees and how it computes: token ids [windows, length], what the manifest says of them, the engine.
+
+    `notes` are events of the manifest.
+    """
 
     tokens: NDArray[np.int64]
     record: Mapping[str, object]
     engine: Engine
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
