@@ -1,6 +1,6 @@
 """Sums of squared inputs, column by column, of every linear layer of the float model: what an importance matrix holds.
 
-One block in memory at a time, run over all windows before the next is read.
+One block in memory at a time, run over all windows before the next is read; of its experts, one (see `expert_columns.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from r1q.calibration.expert_columns import expert_sums, latent_sums
 from r1q.core.errors import InputError
 from r1q.models.block import (
     Weights,
@@ -38,21 +39,30 @@ READERS: Mapping[str, tuple[str, ...]] = {
 
 
 @torch.inference_mode()
-def column_sums(source: TensorReader, tokens: NDArray[np.int64], *, head: bool = False) -> Iterator[Sums]:
-    """Yield for each block, and at last for the head if asked, Σx² [columns] in float64 by GGUF tensor name.
+def column_sums(
+    source: TensorReader,
+    tokens: NDArray[np.int64],
+    *,
+    head: bool = False,
+    seen: dict[str, list[int]] | None = None,
+) -> Iterator[Sums]:
+    """Yield for each block, and at last for the head if asked, Σx² in float64 by GGUF tensor name: [columns], or [parts, columns].
 
-    `tokens` [windows, length]. Raises `InputError` where a block makes numbers that are not finite.
+    `tokens` [windows, length]. `seen` is given how many tokens each expert saw, by name.
+
+    Raises `InputError` where a block makes numbers that are not finite.
     """
     hidden = embed(source, tokens)
     turn = rotation(source.config, tokens.shape[1])
     for layer in range(source.config.num_layers):
         weights = load_block(source, layer)
-        sums: Sums = {}
-        for window in hidden:
-            window.copy_(_block(weights, source.config, window, turn, sums))
+        counts: dict[str, list[int]] = {}
+        sums = _block_sums(weights, source.config, layer, hidden, turn, counts)
         if not bool(torch.isfinite(hidden).all()):
             raise InputError(f"block {layer} makes numbers that are not finite on this text; the weights are broken")
-        yield {f"blk.{layer}.{kind}.weight": sums[read] for read, kinds in READERS.items() for kind in kinds}
+        if seen is not None:
+            seen.update({f"blk.{layer}.{kind}.weight": tokens_of for kind, tokens_of in counts.items()})
+        yield {f"blk.{layer}.{kind}.weight": found for kind, found in sums.items()}
     if head:
         norm = next(spec for spec in source.tensors if spec.kind == "output_norm")
         weight = torch.from_numpy(np.array(source.read_rows(norm.name, 0, norm.rows))).reshape(norm.shape)
@@ -62,13 +72,35 @@ def column_sums(source: TensorReader, tokens: NDArray[np.int64], *, head: bool =
         yield {"token_embd.weight" if source.config.tied else "output.weight": sums["head"]}
 
 
-def _block(weights: Weights, config: ModelConfig, hidden: Tensor, turn: Rotation, sums: Sums) -> Tensor:
-    """Return the hidden states after a block, as `models.block.run_block` does, adding up what its linear layers read."""
+def _block_sums(
+    weights: Weights, config: ModelConfig, layer: int, hidden: Tensor, turn: Rotation, seen: dict[str, list[int]]
+) -> Sums:
+    """Run a block on `hidden` [windows, length, hidden_size] in place, and return what its matrices read, by kind."""
+    read: Sums = {}  # by READERS
+    sums: Sums = {}  # by kind
+    sparse = config.is_sparse(layer)
+    for window in hidden:
+        if config.latent is None:
+            window += _attention(weights, config, window, turn, read)
+        else:
+            found, change = latent_sums(weights, config, config.latent, window, turn)
+            window += change
+            sums = {kind: sums[kind] + one if kind in sums else one for kind, one in found.items()}
+        if not sparse:
+            window += _mlp(weights, config, window, read)
+    if sparse and config.experts is not None:
+        sums |= expert_sums(weights, config, config.experts, hidden, seen)
+    return {kind: read[name] for name, kinds in READERS.items() if name in read for kind in kinds} | sums
+
+
+def _attention(weights: Weights, config: ModelConfig, hidden: Tensor, turn: Rotation, sums: Sums) -> Tensor:
     normed = _add(sums, "attention input", attention_input(weights, config, hidden))
-    mixed = _add(sums, "attention mix", attention_mix(weights, config, normed, turn))
-    hidden = hidden + attention_output(weights, mixed)
+    return attention_output(weights, _add(sums, "attention mix", attention_mix(weights, config, normed, turn)))
+
+
+def _mlp(weights: Weights, config: ModelConfig, hidden: Tensor, sums: Sums) -> Tensor:
     normed = _add(sums, "mlp input", mlp_input(weights, config, hidden))
-    return hidden + mlp_output(weights, _add(sums, "mlp inner", mlp_inner(weights, normed)))
+    return mlp_output(weights, _add(sums, "mlp inner", mlp_inner(weights, normed)))
 
 
 def _add(sums: Sums, name: str, inputs: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Importance matrices written as llama-imatrix writes them: the diagonal of our second moments, for llama.cpp's own tools.
 
 For each weight, in the order of their names, the float32 tensors `<name>.in_sum2` [columns], sums of squared activations, and
-`<name>.counts` [1], the tokens they were summed over. Equal numbers give equal bytes; `core/imatrix_file.py` is the reader.
+`<name>.counts` [1], the tokens they were summed over; for experts [experts, columns] and [experts, 1]. Equal numbers give equal
+bytes; `core/imatrix_file.py` is the reader.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ from r1q.core.gguf_file import MAX_NAME_BYTES
 from r1q.core.gguf_types import ARRAY, DEFAULT_ALIGNMENT, MAGIC, STRING
 
 _VERSION, _U32, _F32 = 3, 4, 0
+Counts = int | Sequence[int]
 
 
 def write_imatrix(
     path: Path,
     sums: Mapping[str, NDArray[Any]],
-    counts: Mapping[str, int],
+    counts: Mapping[str, Counts],
     *,
     datasets: Sequence[str],
     chunks: int,
     chunk_size: int,
 ) -> None:
-    """Write `path`, atomically: sums of squares [columns] and token counts, both by GGUF tensor name (`blk.0.attn_q.weight`).
+    """Write `path`, atomically: sums of squares and token counts, both by GGUF tensor name (`blk.0.attn_q.weight`).
+
+    Sums are [columns] with one count, or [experts, columns] with a count for each expert; an expert may have seen no token.
 
     `datasets` are the names of the texts, `chunks` the windows that went in, `chunk_size` their length in tokens. Raises
     `InputError` naming a tensor whose sums are not finite numbers of zero and more, or too large for float32, and the errors of
@@ -48,18 +52,22 @@ def write_imatrix(
             file.write(bytes(-values.nbytes % DEFAULT_ALIGNMENT))
 
 
-def _tensors(sums: Mapping[str, NDArray[Any]], counts: Mapping[str, int]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def _tensors(
+    sums: Mapping[str, NDArray[Any]], counts: Mapping[str, Counts]
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
     for name in sorted(sums):
-        if counts[name] < 1:
+        count = np.array(counts[name], "<f4").reshape(-1)
+        if count.max(initial=0) < 1 or (count < 0).any():
             raise ValueError(f"{name} was summed over {counts[name]} tokens")
         with np.errstate(over="ignore"):
-            stored = sums[name].astype("<f4").reshape(-1)
+            stored = sums[name].astype("<f4").reshape(len(count), -1)
         if not (np.isfinite(stored).all() and (stored >= 0).all()):
             raise InputError(
                 f"the sums of squares of {name} are negative, not finite or too large; nothing was written"
             )
-        yield f"{name}.in_sum2", stored
-        yield f"{name}.counts", np.array([counts[name]], "<f4")
+        one = len(count) == 1
+        yield f"{name}.in_sum2", stored[0] if one else stored
+        yield f"{name}.counts", count if one else count[:, None]
 
 
 def _header(
@@ -78,7 +86,8 @@ def _header(
     for name, values in tensors:
         if len(name.encode()) > MAX_NAME_BYTES:
             raise ValueError(f"{name} has more than {MAX_NAME_BYTES} bytes")
-        header += _string(name) + struct.pack("<IQIQ", 1, len(values), _F32, offset)
+        sides = values.shape[::-1]  # the fastest first
+        header += _string(name) + struct.pack(f"<I{len(sides)}QIQ", len(sides), *sides, _F32, offset)
         offset += values.nbytes + -values.nbytes % DEFAULT_ALIGNMENT
     return header
 

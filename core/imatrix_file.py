@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,15 @@ _MEND = "make it again with llama-imatrix"
 
 @dataclass(frozen=True, slots=True)
 class Imatrix:
-    """Mean squared activations [columns] by GGUF tensor name; `chunks` windows of text went in (0: the file does not say)."""
+    """Mean squared activations by GGUF tensor name: [columns], of experts [experts, columns].
+
+    `chunks` windows of text went in (0: the file does not say). `unseen` says of how many experts there were no tokens; all columns
+    of those count alike, as llama.cpp takes them.
+    """
 
     columns: Mapping[str, Floats]
     chunks: int
+    unseen: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_imatrix(path: Path) -> Imatrix:
@@ -45,38 +50,47 @@ def read_imatrix(path: Path) -> Imatrix:
             rest = b"" if magic == b"GGUF" else file.read()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    found, chunks = _from_gguf(path) if magic == b"GGUF" else _from_legacy(path, magic + rest)
+    unseen: dict[str, int] = {}
+    found, chunks = _from_gguf(path, unseen) if magic == b"GGUF" else _from_legacy(path, magic + rest)
     if not found:
         raise InputError(f"{path} holds no importance of any tensor; {_MEND}")
     for name, values in found.items():
         if not np.isfinite(values).all() or (values < 0).any():
             raise InputError(f"{path}: {name} holds NaN, infinite or negative importance; {_MEND}")
-    return Imatrix(found, chunks)
+    return Imatrix(found, chunks, unseen)
 
 
-def _from_gguf(path: Path) -> tuple[dict[str, Floats], int]:
+def _from_gguf(path: Path, unseen: dict[str, int]) -> tuple[dict[str, Floats], int]:
     file = GgufFile.open(path)
     if file.metadata.get("general.type") != "imatrix":
         raise InputError(f"{path} is a GGUF file of another kind, not an importance matrix")
     stems = [name.removesuffix(end) for name in file.tensors for end in (_SUM, _COUNT) if name.endswith(end)]
     chunks = file.metadata.get("imatrix.chunk_count", 0)
-    return {stem: _gguf_entry(file, stem) for stem in dict.fromkeys(stems)}, chunks if isinstance(chunks, int) else 0
+    found = {stem: _gguf_entry(file, stem, unseen) for stem in dict.fromkeys(stems)}
+    return found, chunks if isinstance(chunks, int) else 0
 
 
-def _gguf_entry(file: GgufFile, stem: str) -> Floats:
+def _gguf_entry(file: GgufFile, stem: str, unseen: dict[str, int]) -> Floats:
     sums_at, counts_at = file.tensors.get(stem + _SUM), file.tensors.get(stem + _COUNT)
     if sums_at is None or counts_at is None or not sums_at.type == counts_at.type == "f32":
         raise InputError(f"{file.path}: {stem} lacks its sums or its counts, or they are not float32; {_MEND}")
     sums, counts = (file.read_bytes(stem + end).view("<f4") for end in (_SUM, _COUNT))
     if len(counts) != sums_at.rows:
         raise InputError(f"{file.path}: {stem} has {sums_at.rows} rows of sums and {len(counts)} counts; {_MEND}")
-    if len(counts) != 1:
-        raise InputError(f"{file.path}: {stem} is of {len(counts)} experts; mixtures of experts are not supported")
-    count = float(counts[0])
-    if not (count >= 0 and count.is_integer()):
-        raise InputError(f"{file.path}: {stem} has seen {count:g} tokens, which is no count; {_MEND}")
-    # An entry without any token says nothing: llama.cpp weighs its columns alike.
-    return _divided(sums, count) if count else np.ones(len(sums), np.float32)
+    wrong = next((float(count) for count in counts if not (count >= 0 and float(count).is_integer())), None)
+    if wrong is not None:
+        raise InputError(f"{file.path}: {stem} has seen {wrong:g} tokens, which is no count; {_MEND}")
+    # What is without any token says nothing: llama.cpp weighs its columns alike.
+    rows = [
+        _divided(row, count) if count else np.ones_like(row)
+        for row, count in zip(sums.reshape(len(counts), -1), counts, strict=True)
+    ]
+    if len(rows) == 1:
+        return rows[0]
+    lost = int((counts == 0).sum())
+    if lost:
+        unseen[stem] = lost
+    return np.stack(rows)
 
 
 def _divided(sums: Floats, count: float) -> Floats:

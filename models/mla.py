@@ -21,6 +21,22 @@ from r1q.models.rope import Rotation
 
 def attention_mix(weights: Weights, config: ModelConfig, latent: Latent, normed: Tensor, rotation: Rotation) -> Tensor:
     """Return what attn_output reads: every head's causal mixture of values, [..., length, num_heads · value_dim]."""
+    queries, keys, compressed = queries_and_keys(weights, config, latent, normed, rotation)
+    values = _heads(linear(weights, "attn_v_b", compressed), config.num_heads)
+    mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=_scale(config, latent))
+    return mixed.transpose(-2, -3).flatten(-2)
+
+
+def mixed_latents(config: ModelConfig, latent: Latent, queries: Tensor, keys: Tensor, compressed: Tensor) -> Tensor:
+    """Return every head's causal mixture of latents, [..., heads, length, rank]: what v_b reads where values are made behind it."""
+    shared = compressed.unsqueeze(-3).expand(*queries.shape[:-1], latent.rank)
+    return F.scaled_dot_product_attention(queries, keys, shared, is_causal=True, scale=_scale(config, latent))
+
+
+def queries_and_keys(
+    weights: Weights, config: ModelConfig, latent: Latent, normed: Tensor, rotation: Rotation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries and keys of all heads, turned, [..., heads, length, key_dim + rope_dim], and the latents [..., length, rank]."""
     queries = _heads(queries_of(weights, config, normed), config.num_heads)
     shared = linear(weights, "attn_kv_a_mqa", normed)
     compressed, ending = latent_of(weights, config, latent, shared), shared[..., latent.rank :]
@@ -29,10 +45,12 @@ def attention_mix(weights: Weights, config: ModelConfig, latent: Latent, normed:
     ending = rotation.turn_neighbours(ending).unsqueeze(-3)
     keys = keys_of(weights, latent, compressed, config.num_heads)
     keys = torch.cat((keys, ending.expand(*keys.shape[:-1], latent.rope_dim)), dim=-1)
-    values = _heads(linear(weights, "attn_v_b", compressed), config.num_heads)
-    scale = (latent.key_dim + latent.rope_dim) ** -0.5 * (1.0 if config.yarn is None else config.yarn.softmax_scale)
-    mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
-    return mixed.transpose(-2, -3).flatten(-2)
+    return queries, keys, compressed
+
+
+def _scale(config: ModelConfig, latent: Latent) -> float:
+    stretched = 1.0 if config.yarn is None else config.yarn.softmax_scale
+    return float((latent.key_dim + latent.rope_dim) ** -0.5 * stretched)
 
 
 def query_latent(weights: Weights, config: ModelConfig, normed: Tensor) -> Tensor:

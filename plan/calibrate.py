@@ -24,13 +24,18 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """How far the pass is: `blocks` of `all_blocks`; at the end `path`, the `entries` in it and the `windows` that went in."""
+    """How far the pass is: `blocks` of `all_blocks`; at the end `path`, the `entries` in it and the `windows` that went in.
+
+    `unseen` of `experts` were sent no token.
+    """
 
     blocks: int
     all_blocks: int
     path: Path | None = None
     entries: int = 0
     windows: int = 0
+    experts: int = 0
+    unseen: int = 0
 
 
 def calibrate_model(asked: Statistics, *, progress: bool = False) -> Iterator[Done]:
@@ -48,7 +53,9 @@ def calibrate_model(asked: Statistics, *, progress: bool = False) -> Iterator[Do
     source = open_model(asked.model, progress=progress).source
     windows = make_windows(asked.calibration, Tokenizer.open(source.path), samples=asked.samples, length=asked.seq_len)
     sums, layers = {}, source.config.num_layers
-    for number, found in enumerate(column_sums(source, windows.tokens, head=asked.process_output), start=1):
+    seen: dict[str, list[int]] = {}
+    found_sums = column_sums(source, windows.tokens, head=asked.process_output, seen=seen)
+    for number, found in enumerate(found_sums, start=1):
         sums.update(found)
         yield Done(blocks=min(number, layers), all_blocks=layers)
     names = [str(entry["name"]) for entry in _sources(windows.record)]
@@ -56,12 +63,21 @@ def calibrate_model(asked: Statistics, *, progress: bool = False) -> Iterator[Do
     write_imatrix(
         asked.output,
         sums,
-        dict.fromkeys(sums, count),
+        {name: seen.get(name, count) for name in sums},
         datasets=names,
         chunks=len(windows.tokens),
         chunk_size=asked.seq_len,
     )
-    yield Done(blocks=layers, all_blocks=layers, path=asked.output, entries=len(sums), windows=len(windows.tokens))
+    counts = [tokens for name, tokens_of in seen.items() if "ffn_down" in name for tokens in tokens_of]
+    yield Done(
+        blocks=layers,
+        all_blocks=layers,
+        path=asked.output,
+        entries=len(sums),
+        windows=len(windows.tokens),
+        experts=len(counts),
+        unseen=counts.count(0),
+    )
 
 
 def _sources(record: object) -> list[dict[str, object]]:

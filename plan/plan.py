@@ -108,4 +108,5 @@ def make_plan(
     )
     refuse_unfit(tensors, formats)
     name, notes = source.config.name, tuple(getattr(source, "notes", ()))
+    notes += () if statistics is None else statistics.notes
     return Plan(model=name, recipe=recipe, tensors=tensors, formats=tuple(formats), statistics=statistics, notes=notes)

@@ -75,6 +75,9 @@ def show_calibration(console: Console, steps: Iterator[Done]) -> Path:
     if last is None or last.path is None:
         raise ValueError("the pass ended without a file")
     console.print(f"done: {last.path} ({last.entries} tensors, {last.windows} windows)", highlight=False)
+    if last.unseen:
+        told = f"  {last.unseen} of {last.experts} experts were sent no token, and weigh their columns alike: take more text"
+        console.print(told, highlight=False)
     return last.path
 
 

@@ -17,6 +17,7 @@ from r1q.core.checkpoint import FORMAT_VERSION, MANIFEST, SIDECAR, QuantizedChec
 from r1q.core.errors import InputError
 from r1q.core.files import atomic_path, remove_leftovers, sha256_file, write_json, writing
 from r1q.core.grids import Bytes, bytes_to_floats, float_bytes, pack
+from r1q.core.importance import row_slabs
 from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor, Recipe
 from r1q.core.safetensors_file import write_safetensors
@@ -72,9 +73,9 @@ class Calibration:
 class Request:
     """What to quantize and how: everything that decides the bytes is in here, and in job.json.
 
-    `importance` maps GGUF tensor names to mean squared activations [columns]; `calibration` says where they came from. With
-    `calibrated` the blocks are coded by GPTQ on their own inputs, else everything is what `store` makes of it, rounding to nearest
-    for None. `notes` are events of the manifest.
+    `importance` maps GGUF tensor names to mean squared activations (see `core/importance.py`); `calibration` says where they came
+    from. With `calibrated` the blocks are coded by GPTQ on their own inputs, else everything is what `store` makes of it, rounding to
+    nearest for None. `notes` are events of the manifest.
     """
 
     model: str
@@ -180,13 +181,11 @@ def stored_slabs(source: FloatSource, importance: Mapping[str, Floats]) -> Store
 
     def store(planned: PlannedTensor) -> Iterator[Slab]:
         spec = planned.spec
-        step = max(1, SLAB_WEIGHTS // spec.columns)
-        for start in range(0, spec.rows, step):
-            stop = min(start + step, spec.rows)
+        for start, stop, mine in row_slabs(importance, spec, max(1, SLAB_WEIGHTS // spec.columns)):
             weights = source.read_rows(spec.name, start, stop).reshape(stop - start, spec.columns)
             # A scale beyond float16 shows in the error, and is refused by name.
             with np.errstate(over="ignore", invalid="ignore"):
-                stored, values = _store(weights, planned, importance.get(spec.gguf_name))
+                stored, values = _store(weights, planned, mine)
                 error = sum_of_squares(values - weights)
             yield Slab(stored=stored, squared_error=error, squared_weight=sum_of_squares(weights))
 

@@ -123,7 +123,6 @@ def one(sums: list[float], count: float) -> dict[str, Pair]:
 
 REFUSED_GGUF: dict[str, tuple[dict[str, Pair], str]] = {
     "no entries": ({}, "holds no importance"),
-    "experts": ({QUERIES: ([[1.0], [2.0]], [[1.0], [1.0]])}, "of 2 experts; mixtures"),
     "too many counts": ({QUERIES: ([[1.0, 2.0]], [[1.0], [1.0]])}, "has 1 rows of sums and 2 counts"),
     "too few counts": ({QUERIES: ([[1.0], [2.0]], [[1.0]])}, "has 2 rows of sums and 1 counts"),
     "NaN": (one([1.0, float("nan")], 1), "holds NaN, infinite or negative"),
