@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from r1q.serve.pace import EVERY, RARELY, WINDOW, Pace
+from r1q.serve import pace as module
+from r1q.serve.pace import EVERY, RARELY, WINDOW, is_crowded
+
+Pace = functools.partial(module.Pace, crowded=lambda: False)
 
 
-def serve(pace: Pace, cost: Callable[[int], float], steps: int, tokens: int = 4) -> Counter[int]:
+def serve(pace: module.Pace, cost: Callable[[int], float], steps: int, tokens: int = 4) -> Counter[int]:
     """Take steps that cost `cost(threads)` seconds; return how often each count of threads was taken."""
     taken: Counter[int] = Counter()
     for _ in range(steps):
@@ -72,3 +78,35 @@ def test_batches_of_other_sizes_have_their_own() -> None:
     assert (pace.threads("step", 1), pace.threads("prompt", 500)) == (1, 2)
     # One that was never seen begins with what was found last.
     assert pace.threads("step", 8) == 1
+
+
+@pytest.mark.parametrize(("every", "bound"), [(5, 1.25), (40, 1.6), (400, 1.6)])
+def test_stalls_cost_little_however_rare(every: int, bound: float) -> None:
+    """Two threads are nearly twice as fast, but now and then wait for each other a hundred times as long."""
+    pace, seconds, steps, two = Pace(2), 0.0, 40_000, 0
+    for _ in range(steps):
+        threads = pace.threads("step", 4)
+        two += threads == 2
+        cost = 1.8 if threads == 1 else 100.0 if two % every == 0 else 1.0
+        seconds += cost
+        pace.note("step", 4, cost)
+    always_two = 1.0 + 99.0 / every
+    assert seconds / steps < bound * min(1.8, always_two)
+
+
+def test_in_a_crowd_it_begins_with_one_and_waits_until_there_is_room() -> None:
+    crowd = [True]
+    pace = module.Pace(4, crowded=lambda: crowd[0])
+    assert set(serve(pace, lambda threads: 1 / threads, 3 * EVERY * WINDOW)) == {1}
+    crowd.clear()
+    crowd.append(False)
+    serve(pace, lambda threads: 1 / threads, 3 * EVERY * WINDOW)
+    assert pace.threads("step", 4) == 4
+
+
+def test_a_crowd_is_what_the_system_counts() -> None:
+    running = int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) if Path("/proc/loadavg").exists() else 0
+    # It changes from moment to moment; far from the bound it does not matter.
+    cores = os.cpu_count() or 1
+    if not cores <= running <= 4 * cores:
+        assert is_crowded() == (running > 4 * cores)
