@@ -13,6 +13,7 @@ from r1q.runtimes.base import Floats
 from r1q.runtimes.echo import EchoSession
 from r1q.serve.engine import SMALLEST_SLICE, Engine
 from r1q.serve.jobs import Event, Job, Piece, Refused
+from r1q.serve.pace import Adjustable
 from r1q.serve.run import Opened
 from r1q.serve.sampling import Sampling
 from r1q.serve.speech import Speech
@@ -336,3 +337,41 @@ def test_a_closed_engine_closes_its_session() -> None:
     engine.close()
     with pytest.raises(UsageError, match="closed"):
         session.drop(0)
+
+
+class Paced(Watched):
+    """One whose threads can be changed."""
+
+    threads = 4  # type: ignore[assignment]
+
+    def set_threads(self, count: int) -> None:
+        """Note it."""
+        self.calls.append(("threads", count))
+        self.threads = count
+
+
+@pytest.mark.parametrize("pace", [True, False])
+def test_threads_change_only_where_they_may(pace: bool) -> None:
+    session = Paced()
+    engine = Engine(session, LETTERS, queue=8, post=deliver, pace=pace)
+    engine.start()
+    talk = Talk([1, 2, 3], limit=60)
+    engine.submit(talk.job)
+    talk.wait()
+    engine.close()
+    counts = {count for what, count in session.calls if what == "threads"}
+    # It begins with one in a crowd, else a trial of two comes soon.
+    assert bool(counts & {1, 2}) if pace else not counts
+    assert talk.text == "d" * 60
+
+
+def test_llama_cpp_computes_the_same_with_other_threads(opened: Opened) -> None:
+    session = opened.session
+    assert isinstance(session, Adjustable)
+    session.prefill(0, [5, 6, 7])
+    session.prefill(1, [5, 6, 7])
+    one = session.step([(0, 8)])
+    session.set_threads(2)
+    two = session.step([(1, 8)])
+    assert session.threads == 2
+    np.testing.assert_array_equal(one, two)
