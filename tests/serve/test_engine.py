@@ -342,7 +342,7 @@ def test_a_closed_engine_closes_its_session() -> None:
 class Paced(Watched):
     """One whose threads can be changed."""
 
-    threads = 4  # type: ignore[assignment]
+    threads = 4
 
     def set_threads(self, count: int) -> None:
         """Note it."""
