@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from r1q.calibration.expert_stages import Coverage, expert_stages
+from r1q.calibration.expert_stages import Coverage, Routed, routed_experts, shared_stages
 from r1q.calibration.moments import add_product, add_second_moment
 from r1q.calibration.stage import Stage as Stage
 from r1q.calibration.stage import Streams as Streams
@@ -45,7 +45,7 @@ class BlockWalk:
     Matrices of both are in `dtype`, in which they are multiplied; norms and biases are float32 and in both. Statistics are summed
     over tiles of `windows` windows, whose number is part of what decides the last bits of the sums. `allocate` gives room for inputs
     that are kept from a stage's statistics to its results. `coverage` says which tokens experts are calibrated on; theirs are counted
-    there, and their coded weights leave `coded` when they have run.
+    there. Routed experts are no stages: when these are through, `routed` has their lessons, and adds what they make.
     """
 
     config: ModelConfig
@@ -56,11 +56,12 @@ class BlockWalk:
     windows: int
     allocate: Callable[[tuple[int, ...], torch.dtype], Tensor]
     coverage: Coverage = field(default_factory=Coverage)
+    routed: Routed | None = None
 
     def stages(self, streams: Streams) -> Iterator[Stage]:
-        """Yield the block's stages; when they are through, `streams` holds the hidden states after the block.
+        """Yield the block's stages; when they are through, `streams` holds the hidden states after the block, less routed experts.
 
-        Four in a dense block; latent attention has two more, and every expert two.
+        Four in a dense block; latent attention has two more.
         """
         latent, heads = self.config.latent, self.config.num_heads
         if latent is None:
@@ -70,7 +71,8 @@ class BlockWalk:
         mixed = heads * (self.config.head_dim if latent is None else latent.value_dim)
         yield from self.adding(streams, self._mixed, "attn_output", mixed)
         if moe.ROUTER in self.coded:
-            yield from expert_stages(self, streams)
+            self.routed = routed_experts(self, streams)
+            yield from shared_stages(self, streams)
         else:
             yield self.reading(streams, mlp_input, ("ffn_gate", "ffn_up"), self.config.hidden_size)
             yield from self.adding(streams, self._inner, "ffn_down", self.config.intermediate_size)

@@ -6,17 +6,19 @@ in a tile, D hidden and K inputs of the stage, b bytes for a number of the engin
     program                    the interpreter, torch, numba and its compiler
     hidden states and inputs   4·T·D, twice where the float model runs beside; b·T·K of what adds to them, until it is added
     statistics                 4·K², twice where what is coded is refined, and the drift
-    a block's weights          b for each one coded so far, and for each exact one where the float model runs beside; the stored bytes
+    a block's weights          b for each one coded so far, and for each exact one where the float model runs beside; of the routed
+                               experts, those of one
     a tile of tokens           some arrays of n·K numbers, or
     rows in work               some arrays of a slab's weights
+    workers                    with several of them, for each the program and what it has in work: rows, or an expert
 
-The first line but the program is in files, which the system may take back from memory, when hidden states are spilled. Nothing
-depends on the number of layers. `tests/plan/test_memory_measured.py` holds the sum against measured peaks.
+The first line but the program is in files, which the system may take back from memory, when hidden states are spilled; so is what
+workers share. Codes are on disk as soon as they are made. Nothing depends on the number of layers, or of experts but for the tokens
+that each reads. `tests/plan/test_memory_measured.py` holds the sum against measured peaks.
 """
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ from dataclasses import dataclass, replace
 import psutil
 
 from r1q.core.errors import ResourceError, UsageError
+from r1q.core.freed_memory import return_freed_memory as return_freed_memory
 from r1q.core.recipe import PlannedTensor
 from r1q.models.config import ModelConfig
 from r1q.plan.surroundings import memory_limit
@@ -57,17 +60,18 @@ _STAGES = (
     ("ffn_down_exps",),
 )
 _ADDING = ("attn_output", "ffn_down", "ffn_down_shexp")
-_MALLOC_THRESHOLD = (-3, 1 << 20)
+_WEIGHTS = "a block's weights"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What a calibrated run is over: a model's blocks, and `windows` windows of `length` tokens."""
+    """What a calibrated run is over: a model's blocks, `windows` of `length` tokens; and how many `workers` code beside it here."""
 
     config: ModelConfig
     tensors: Sequence[PlannedTensor]
     windows: int
     length: int
+    workers: int = 0
 
 
 def parse_size(text: str) -> int:
@@ -93,11 +97,15 @@ def memory_parts(work: Workload, engine: Engine) -> dict[str, int]:
         if tensor.spec.layer is not None and tensor.spec.is_matrix:
             blocks.setdefault(tensor.spec.layer, []).append(tensor)
     moments: list[dict[str, int]] = [{"tokenizer": TOKENIZER * work.config.vocab_size}]
-    # Blocks differ by their grids alone: the one with the most stored bytes stands for all.
-    if blocks:
-        moments += _moments(work, max(blocks.values(), key=lambda block: sum(t.bytes for t in block)), engine)
-    fullest = max(moments, key=lambda parts: sum(parts.values()))
-    return dict(sorted({"program": PROGRAM, **fullest}.items(), key=lambda part: -part[1]))
+    # Blocks of the same kinds of layers differ by their grids alone: the one with the most stored bytes stands for all.
+    alike: dict[frozenset[str], list[PlannedTensor]] = {}
+    for block in blocks.values():
+        kinds = frozenset(tensor.spec.kind for tensor in block)
+        alike[kinds] = max(alike.get(kinds, []), block, key=lambda some: sum(t.bytes for t in some))
+    for block in alike.values():
+        moments += [moment.parts(work.workers) for moment in _moments(work, block, engine)]
+    most = max(moments, key=lambda parts: sum(parts.values()))
+    return dict(sorted({"program": PROGRAM, **most}.items(), key=lambda part: -part[1]))
 
 
 def rounding_parts(config: ModelConfig, formats: Sequence[str]) -> dict[str, int]:
@@ -105,39 +113,63 @@ def rounding_parts(config: ModelConfig, formats: Sequence[str]) -> dict[str, int
     return {"program": ROUNDING} | ({"tokenizer": TOKENIZER * config.vocab_size} if "gguf" in formats else {})
 
 
-def _moments(work: Workload, block: Sequence[PlannedTensor], engine: Engine) -> Iterator[dict[str, int]]:
-    """Yield what is alive while each stage's statistics are summed, and while its matrices are coded."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moment:
+    """Bytes alive at a time, by part: in the run's own process, and in whoever codes, which may be the same."""
+
+    run: Mapping[str, int]
+    coder: Mapping[str, int]
+
+    def parts(self, workers: int) -> dict[str, int]:
+        """Return the bytes of each part with so many workers, none if the run codes itself."""
+        if workers:
+            return {**self.run, "workers": workers * (PROGRAM + sum(self.coder.values()))}
+        return {part: self.run.get(part, 0) + self.coder.get(part, 0) for part in (*self.run, *self.coder)}
+
+
+def _moments(work: Workload, block: Sequence[PlannedTensor], engine: Engine) -> Iterator[_Moment]:
+    """Yield what is alive while each stage's statistics are summed, while its matrices are coded, and when they are read again."""
     hidden, tokens, number = work.config.hidden_size, work.windows * work.length, _number(engine)
     weights = {t.spec.kind: t for t in block}  # of the experts, the last one stands for all: one is in memory at a time
-    experts = [t for t in block if t.spec.expert is not None]
-    exact = number * sum(t.spec.size for t in weights.values()) if engine.exact_stream else 0
+    dense = sum(t.spec.size for t in block if t.spec.expert is None)
+    exact = number * dense if engine.exact_stream else 0
     streams = 4 * tokens * hidden * (2 if engine.exact_stream else 1)
     before = 0
     for kinds in _STAGES:
-        coded = [weights[kind] for kind in kinds if kind in weights]
-        if not coded:
+        planned = [weights[kind] for kind in kinds if kind in weights]
+        if not planned:
             continue
-        columns, adds, routed = coded[0].spec.columns, kinds[0] in _ADDING, coded[0].spec.expert is not None
+        columns, adds = planned[0].spec.columns, kinds[0] in _ADDING
+        routed = planned[0].spec.expert is not None
         if kinds[0] == "ffn_gate_exps":
-            before += sum(t.bytes for t in experts)  # codes wait for the block's file
             streams += number * tokens * hidden * (2 if engine.exact_stream else 1)  # what all experts read
-        made = sum(number * t.spec.size + (0 if routed else t.bytes) for t in coded)
-        drift = 4 * columns * (hidden if adds else columns) if engine.exact_stream else 0
+        made = sum(number * t.spec.size for t in planned)
+        kept = 0 if engine.spill else streams + (number * tokens * columns if adds else 0)
+        always = {"hidden states and inputs": kept, _WEIGHTS: exact + before}
         square = 4 * columns * columns
-        always = {
-            "hidden states and inputs": 0 if engine.spill else streams + (number * tokens * columns if adds else 0)
-        }
-        yield always | {
-            "statistics": square + drift,
-            "a block's weights": exact + before,
-            "a tile of tokens": _tile(work, engine, kinds[0], columns),
-        }
-        yield always | {
-            "statistics": square * (2 if engine.passes else 1) + drift,
-            "a block's weights": exact + before + made,
-            "rows in work": max(_rows(engine, t.spec.size, columns) for t in coded),
-        }
+        drift = 4 * columns * (hidden if adds else columns) if engine.exact_stream else 0
+        sums = {"statistics": square + drift}
+        tile = {"a tile of tokens": _tile(work, engine, kinds[0], columns)}
+        factors = {"statistics": square * (2 if engine.passes else 1) + drift}
+        rows = {"rows in work": max(_rows(engine, t, columns) for t in planned)}
+        if routed:
+            # Of its expert, whoever codes the second stage holds gate and up as coded, and all of the float model's.
+            own = 0 if kinds[0] == "ffn_gate_exps" else _expert(weights, engine, coded=2)
+            yield _Moment(run=always, coder={**sums, **tile, _WEIGHTS: own})
+            yield _Moment(run=always, coder={**factors, **rows})
+            held = {**always, _WEIGHTS: exact + before + _expert(weights, engine, coded=3)}
+            yield _Moment(run={**held, **tile}, coder={})  # what it makes is added
+            continue
+        yield _Moment(run={**always, **sums, **tile}, coder={})
+        yield _Moment(run={**always, **factors}, coder=rows)
+        yield _Moment(run={**always, **factors, _WEIGHTS: exact + before + made}, coder={})
         before += made
+
+
+def _expert(weights: Mapping[str, PlannedTensor], engine: Engine, *, coded: int) -> int:
+    """Return the bytes of so many matrices of an expert as coded, and of the float model's three where it runs beside."""
+    largest = max(t.spec.size for t in weights.values() if t.spec.expert is not None)
+    return _number(engine) * largest * (coded + (3 if engine.exact_stream else 0))
 
 
 def _number(engine: Engine) -> int:
@@ -155,11 +187,13 @@ def _tile(work: Workload, engine: Engine, kind: str, columns: int) -> int:
     return max(each * tokens * columns, summed * tokens * columns + 2 * _number(engine) * _PANEL * columns)
 
 
-def _rows(engine: Engine, size: int, columns: int) -> int:
+def _rows(engine: Engine, planned: PlannedTensor, columns: int) -> int:
+    size = planned.spec.size
     slab = min(max(engine.slab, columns), size)
     refined = _REFINED * min(slab, _REFINED_WEIGHTS) if engine.passes else 0
+    packed = planned.bytes * slab // size + _PACKED * min(slab, _PACKED_WEIGHTS)
     moved = _MOVED if engine.exact_stream else 0
-    coding = (_READ + moved) * slab + max(_CODED * slab, slab + refined, slab + _PACKED * min(slab, _PACKED_WEIGHTS))
+    coding = (_READ + moved) * slab + max(_CODED * slab, slab + refined, slab + packed)
     return max(coding, 8 * 512 * columns)  # the panels of the factorisation
 
 
@@ -210,15 +244,3 @@ def _smaller(work: Workload, engine: Engine) -> Iterator[Engine]:
 def tell(parts: Mapping[str, int]) -> str:
     """Return the parts as one line."""
     return ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts.items() if size >= 1e6)
-
-
-def return_freed_memory() -> None:
-    """Make this process give large arrays back to the system when they are freed, instead of keeping room for more.
-
-    glibc keeps arrays of up to 32 MB for later, in pieces that fit no other; a fixed bound costs no time that was seen, and 15 % less
-    memory. For the process of a command: a program that calls the library decides for itself.
-    """
-    try:
-        ctypes.CDLL(None).mallopt(*_MALLOC_THRESHOLD)
-    except (OSError, AttributeError, TypeError):
-        return  # not glibc

@@ -44,7 +44,7 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
         parts, spilled = memory_parts(workload(opened, plan), engine), engine.spill
         healing = healing_parts(workload(opened, plan), engine.compute) if engine.heal else {}
         parts = max(parts, healing, key=lambda found: sum(found.values()))
-        hidden = 2 * 4 * tokens * config.hidden_size * (2 if engine.exact_stream else 1)
+        hidden = 2 * 4 * tokens * config.hidden_size * (2 if engine.exact_stream else 1) + plan.block_bytes
         if timed:
             from r1q.quantize import pace
 

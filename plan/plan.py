@@ -42,6 +42,15 @@ class Plan:
         return sum(tensor.bytes for tensor in self.tensors)
 
     @property
+    def block_bytes(self) -> int:
+        """Stored bytes of the largest block, whose parts lie beside its file while it is written."""
+        blocks = Counter[int]()
+        for tensor in self.tensors:
+            if tensor.spec.layer is not None:
+                blocks[tensor.spec.layer] += tensor.bytes
+        return max(blocks.values(), default=0)
+
+    @property
     def bits_per_weight(self) -> float:
         """True bits per weight: scales, norms and float tensors included."""
         return 8 * self.bytes / self.weights

@@ -1,8 +1,8 @@
-"""One matrix of a calibrated run: read in slabs of rows, moved against the drift, coded by GPTQ, refined, packed."""
+"""One matrix of a calibrated run: its stage factored; rows read in slabs, moved against the drift, coded by GPTQ, refined, packed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,21 +10,26 @@ import torch
 from torch import Tensor
 
 from r1q.calibration.stages import Stage
+from r1q.core.errors import InputError
 from r1q.core.grids import Bytes, bytes_to_floats, float_bytes, pack
 from r1q.core.qtensor import Floats, QuantizedTensor
 from r1q.core.recipe import PlannedTensor
 from r1q.core.scheme import Scheme
+from r1q.core.tensors import TensorSpec
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq import gptq
-from r1q.quantize.gptq.factor import Factor
+from r1q.quantize.gptq.factor import Factor, factorize, shrink
+from r1q.quantize.parts import Parts, values_of
 from r1q.quantize.refine import refine
 from r1q.quantize.rtn import rtn
-from r1q.quantize.run import Slab, refuse_unfit
+from r1q.quantize.run import SLAB_WEIGHTS, Slab, refuse_unfit
 from r1q.quantize.source import FloatSource, sum_of_squares
 
 # What is done to a slab besides coding takes this many weights at a time; the first of them decides last bits.
 PART_WEIGHTS = 1 << 22
 STORED_WEIGHTS = 1 << 20
+# Grids that look at no statistics: nothing is lost where there are none.
+_EIGHT_BITS = tuple(Scheme(grid=grid) for grid in ("q8_0", "f32", "f16", "bf16"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,29 +41,84 @@ class Fit:
     importance: Floats | None
 
 
-def code_matrix(source: FloatSource, planned: PlannedTensor, fit: Fit, engine: Engine) -> tuple[Slab, Tensor]:
-    """Return a matrix coded, and its values [rows, columns] for the forward pass, in the engine's dtype and on its device.
+def fit_stage(stage: Stage, layer: int, schemes: Sequence[Scheme], engine: Engine) -> tuple[Fit, list[str]]:
+    """Return the factor of a stage's second moments, which it takes the place of; and a line where it was had otherwise than asked.
+
+    Raises `InputError` where the stage's inputs are not finite.
+    """
+    told = [f"blk.{layer}.{stage.note}"] if stage.note and not all(s in _EIGHT_BITS for s in schemes) else []
+    where = f"blk.{layer}.{'/'.join(stage.kinds)}"
+    if stage.plain:
+        return Fit(stage=stage, factor=None, importance=_importance(stage, where)), told
+    importance = (stage.moment.diagonal().flip(0) / stage.tokens).cpu().numpy().astype(np.float32)
+    moment = stage.moment.div_(stage.tokens)
+    shrink(moment, stage.tokens)
+    factor = factorize(moment, engine.damp, keep=engine.passes > 0)
+    if factor is None:
+        _refuse_infinite(importance, where)
+        told.append(f"{where}: second moments are not positive definite, rounded by importance instead")
+    elif factor.damp != engine.damp:
+        told.append(f"{where}: damping raised from {engine.damp:g} to {factor.damp:g}")
+    return Fit(stage=stage, factor=factor, importance=importance), told
+
+
+def _importance(stage: Stage, where: str) -> Floats | None:
+    """Return the importance that a stage without second moments comes with."""
+    if stage.importance is None:
+        return None
+    importance: Floats = stage.importance.cpu().numpy().astype(np.float32)
+    _refuse_infinite(importance, where)
+    # Where no token has made anything of these columns, all count alike.
+    return importance if importance.any() else np.ones_like(importance)
+
+
+def _refuse_infinite(importance: Floats, where: str) -> None:
+    if not np.isfinite(importance).all():
+        raise InputError(f"{where}: its inputs are not finite on the calibration text; the weights are broken")
+
+
+def row_slabs(spec: TensorSpec, engine: Engine) -> list[slice]:
+    """Return the rows of a matrix that are coded together: each slab by itself, in any order, wherever."""
+    return list(_slices(0, spec.rows, engine.slab // spec.columns))
+
+
+def code_rows(source: FloatSource, planned: PlannedTensor, fit: Fit, slab: slice, engine: Engine) -> list[Slab]:
+    """Return the rows `slab` of a matrix coded, in pieces as they are stored.
 
     Raises `InputError` where a value does not fit the grid.
     """
     spec, scheme = planned.spec, planned.scheme
-    dtype = getattr(torch, engine.compute)
+    weights = np.ascontiguousarray(source.read_rows(spec.name, slab.start, slab.stop)).reshape(-1, spec.columns)
+    found = []
+    with np.errstate(over="ignore", invalid="ignore"):  # a scale beyond float16 shows in the error
+        coded = _code(weights, scheme, fit, slab, engine)
+        for rows in _slices(0, len(weights), STORED_WEIGHTS // spec.columns):
+            stored, values = _store(weights[rows], coded, scheme, rows)
+            error, weight = sum_of_squares(values - weights[rows]), sum_of_squares(weights[rows])
+            found.append(Slab(stored=stored, squared_error=error, squared_weight=weight))
+    refuse_unfit(planned, sum(piece.squared_error for piece in found))  # before what reads its results is blamed
+    return found
+
+
+def read_matrix(source: FloatSource, spec: TensorSpec, engine: Engine, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a float matrix, in the engine's dtype unless another is given, on its device."""
+    dtype = dtype or getattr(torch, engine.compute)
     values = torch.empty(spec.shape, dtype=dtype, device=engine.device)
-    stored = np.empty((spec.rows, scheme.row_bytes(spec.columns)), np.uint8)
-    squared_error = squared_weight = 0.0
-    for slab in _slices(0, spec.rows, engine.slab // spec.columns):
-        weights = np.ascontiguousarray(source.read_rows(spec.name, slab.start, slab.stop)).reshape(-1, spec.columns)
-        with np.errstate(over="ignore", invalid="ignore"):  # a scale beyond float16 shows in the error
-            coded = _code(weights, scheme, fit, slab, engine)
-            for rows in _slices(slab.start, slab.stop, STORED_WEIGHTS // spec.columns):
-                here = slice(rows.start - slab.start, rows.stop - slab.start)
-                stored[rows], found = _store(weights[here], coded, scheme, here)
-                squared_error += sum_of_squares(found - weights[here])
-                squared_weight += sum_of_squares(weights[here])
-                values[rows] = torch.from_numpy(found).to(engine.device, dtype)
-    refuse_unfit(planned, squared_error)  # before what reads its results is blamed
-    result = Slab(stored=stored, squared_error=squared_error, squared_weight=squared_weight)
-    return result, values
+    for rows in _slices(0, spec.rows, SLAB_WEIGHTS // spec.columns):
+        read = np.require(source.read_rows(spec.name, rows.start, rows.stop), requirements=["C", "W"])
+        values[rows] = torch.from_numpy(read).to(dtype)
+    return values
+
+
+def coded_matrix(parts: Parts, planned: PlannedTensor, engine: Engine) -> Tensor:
+    """Return the values [rows, columns] of a matrix that is in parts, in the engine's dtype and on its device."""
+    spec, start = planned.spec, 0
+    values = torch.empty(spec.shape, dtype=getattr(torch, engine.compute), device=engine.device)
+    for slab in parts.slabs(planned, row_slabs(spec, engine)):
+        stop = start + len(slab.stored)
+        values[start:stop] = torch.from_numpy(values_of(planned, slab)).to(values.dtype)
+        start = stop
+    return values
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:

@@ -28,6 +28,7 @@ from r1q.quantize.source import FloatSource, sum_of_squares
 # Rows are taken in slabs of about this many weights (4 MB in float32), of which some nine are alive; codes do not depend on it.
 SLAB_WEIGHTS = 1 << 20
 STATE_STEM = "hidden-"
+PARTS_STEM = "parts-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +61,13 @@ Finished = MutableMapping[str, journal.FinishedFile]
 class Calibration:
     """What a calibrated run sees and how it computes: token ids [windows, length], what the manifest says of them, the engine.
 
-    `notes` are events of the manifest.
+    `workers` says who codes (`crews.parse_workers`); it decides no byte. `notes` are events of the manifest.
     """
 
     tokens: NDArray[np.int64]
     record: Mapping[str, object]
     engine: Engine
+    workers: str = "1"
     notes: tuple[str, ...] = ()
 
 
@@ -136,6 +138,8 @@ def quantize_checkpoint(source: FloatSource, request: Request, folder: Path) -> 
         yield from write_files(source, request, folder, finished)
     for state in folder.glob(f"{STATE_STEM}*"):
         state.unlink()  # before the manifest, behind which nobody would look for them again
+    for parts in folder.glob(f"{PARTS_STEM}*"):
+        shutil.rmtree(parts)
     _write_manifest(folder, job, request, [finished[file] for file in block_files(request.planned)])
     yield Event(what="done")
 

@@ -28,8 +28,8 @@ from r1q.models.tokenizer import Tokenizer
 from r1q.plan.choose import Wish, choose_recipe
 from r1q.plan.plan import make_plan
 from r1q.plan.walk import Exported, quantize_model
-from r1q.quantize import calibrated
-from r1q.quantize.calibrated import computing
+from r1q.quantize import matrix
+from r1q.quantize.computing import computing
 from r1q.quantize.engine import Engine
 from r1q.quantize.rtn import rtn
 from r1q.quantize.run import Calibration, Event, Request, quantize_checkpoint
@@ -209,7 +209,7 @@ def test_what_was_done_otherwise_than_asked_is_said_once_and_kept(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, line: str
 ) -> None:
     model, wanted = make_model("llama"), [line.format(layer) for layer in range(2)]
-    monkeypatch.setattr(calibrated, "shrink", spoil(factor))
+    monkeypatch.setattr(matrix, "shrink", spoil(factor))
     events = run(model, tmp_path / "out")
     assert [event.name for event in events if event.what == "note"] == wanted
     manifest = (tmp_path / "out" / "manifest.json").read_bytes()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from r1q.calibration.expert_stages import Coverage
+from r1q.calibration.lesson import first_stage, second_stage
 from r1q.calibration.stages import BlockWalk, Stage, Streams
 from r1q.core.checkpoint import JOURNAL, QuantizedCheckpoint
 from r1q.core.recipe import Recipe
@@ -73,6 +74,16 @@ def walked(source: ModelSource, layer: int, streams: Streams, coverage: Coverage
     for stage in walk.stages(streams):
         yield stage
         walk.coded.update({f"{kind}.weight": weights[f"{kind}.weight"] for kind in stage.kinds})
+    if walk.routed is None:
+        return
+    for expert in walk.routed.order:
+        lesson = walk.routed.lesson(expert)
+        yield first_stage(lesson, torch.float32)
+        walk.coded.update({f"{kind}.weight": weights[f"{kind}.weight"] for kind in moe.kinds(expert)})
+        stage, squares = second_stage(lesson, walk.coded, weights, torch.float32)
+        walk.routed.learn(squares, lesson.count)
+        yield stage
+    walk.routed.add_results(streams)
     assert not [key for key in walk.coded if "exps" in key]
 
 

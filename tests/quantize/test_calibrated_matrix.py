@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,8 @@ from r1q.quantize import matrix
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq import gptq
 from r1q.quantize.gptq.factor import factorize
-from r1q.quantize.matrix import Fit, code_matrix
+from r1q.quantize.matrix import Fit, code_rows, coded_matrix, row_slabs
+from r1q.quantize.parts import Parts
 from r1q.quantize.rtn import rtn
 
 Doubles = NDArray[np.float64]
@@ -100,13 +102,16 @@ def planned(scheme: Scheme = Q8) -> PlannedTensor:
 def coded(case: Case, fit: Fit, engine: Engine = ENGINE, scheme: Scheme = Q8) -> tuple[Floats, Source]:
     """Return the values of the matrix coded, after comparing what is stored with what the forward pass gets."""
     source = Source(case.weights.astype(np.float32))
-    slab, values = code_matrix(source, planned(scheme), fit, engine)
-    stored = unpack(scheme, slab.stored, COLUMNS).dequantize()
-    np.testing.assert_array_equal(stored, values.float().numpy())
-    error = np.square(stored.astype(np.float64) - case.weights).sum()
-    assert slab.squared_error == pytest.approx(error, rel=1e-4)
-    assert slab.squared_weight == pytest.approx(np.square(case.weights).sum())
-    return stored, source
+    pieces = [
+        piece
+        for rows in row_slabs(planned(scheme).spec, engine)
+        for piece in code_rows(source, planned(scheme), fit, rows, engine)
+    ]
+    values = unpack(scheme, np.concatenate([piece.stored for piece in pieces]), COLUMNS).dequantize()
+    error = np.square(values.astype(np.float64) - case.weights).sum()
+    assert sum(piece.squared_error for piece in pieces) == pytest.approx(error, rel=1e-4)
+    assert sum(piece.squared_weight for piece in pieces) == pytest.approx(np.square(case.weights).sum())
+    return values, source
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -173,15 +178,29 @@ def test_without_a_factor_the_weights_are_rounded_by_importance(case: Case) -> N
 
 @pytest.mark.parametrize("grid", ["f32", "f16", "bf16"])
 def test_a_matrix_kept_in_float_is_not_moved(case: Case, grid: str) -> None:
-    source = Source(case.weights.astype(np.float32))
-    slab, values = code_matrix(source, planned(Scheme(grid=grid)), case.fit(residual=True, damp=0.05), ENGINE)
-    stored = bytes_to_floats(grid, slab.stored)
-    np.testing.assert_array_equal(stored, values.numpy())
+    source, fit = Source(case.weights.astype(np.float32)), case.fit(residual=True, damp=0.05)
+    (piece,) = code_rows(source, planned(Scheme(grid=grid)), fit, slice(0, ROWS), ENGINE)
+    stored = bytes_to_floats(grid, piece.stored)
     unit = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8}[grid]
     assert (np.abs(stored - case.weights) <= unit * np.abs(case.weights)).all()
 
 
-def test_the_forward_pass_gets_the_dtype_that_it_computes_in(case: Case) -> None:
+@pytest.mark.parametrize("grid", ["q8_0", "q4_0", "bf16", "f32"])
+def test_the_forward_pass_gets_what_is_stored_in_the_dtype_that_it_computes_in(
+    case: Case, grid: str, tmp_path: Path
+) -> None:
+    """Written in parts of three rows, and read back whole; the values beside by gguf's own reader."""
     source, fit = Source(case.weights.astype(np.float32)), case.fit(residual=True, damp=0.05)
-    _, values = code_matrix(source, planned(), fit, dataclasses.replace(ENGINE, compute="bfloat16"))
-    assert values.dtype == torch.bfloat16
+    asked, parts = planned(Scheme(grid=grid)), Parts(tmp_path / "parts")
+    engine = dataclasses.replace(ENGINE, slab=3 * COLUMNS)
+    stored = []
+    for rows in row_slabs(asked.spec, engine):
+        found = code_rows(source, asked, fit, rows, engine)
+        parts.write(asked, rows, found, ("a line",))
+        stored += [piece.stored for piece in found]
+    kind = gguf.GGMLQuantizationType[grid.upper()]
+    wanted = torch.from_numpy(gguf.dequantize(np.concatenate(stored), kind).astype(np.float32))
+    assert torch.equal(coded_matrix(parts, asked, engine), wanted)
+    narrow = coded_matrix(parts, asked, dataclasses.replace(engine, compute="bfloat16"))
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(narrow, wanted.bfloat16())
