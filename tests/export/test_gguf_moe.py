@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from r1q.core.artifact import OutputFolder
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import UsageError
 from r1q.core.gguf_file import GgufFile
@@ -27,11 +26,10 @@ from r1q.core.scheme import Scheme
 from r1q.export.gguf import plan_gguf, write_gguf
 from r1q.export.verify_gguf import verify_gguf
 from r1q.models.config import ModelConfig
-from r1q.models.embedded import open_model
 from r1q.models.forward import Configured, logits
 from r1q.models.source import ModelSource
+from r1q.plan.job import Job, open_job, plan_job, run_job
 from r1q.plan.plan import make_plan
-from r1q.plan.walk import quantize_model
 
 pytestmark = pytest.mark.runtime
 
@@ -174,19 +172,34 @@ def test_grids_and_codes_are_those_of_llama_quantize(
             np.testing.assert_array_equal(ours.read_bytes(name), theirs.read_bytes(name), err_msg=name)
 
 
-@pytest.mark.parametrize("scheme", ["q4_0", "experts_q4_k"])
+@pytest.mark.parametrize(
+    ("case", "effort", "scheme"),
+    [
+        ("r1", None, "q4_0"),
+        ("r1", None, "q4_k_m"),
+        ("r1", None, "experts_q4_k"),
+        ("r1", "fast", "q4_0"),
+        ("r1", "fast", "q4_k_m"),
+        ("qwen3", None, "q4_k_m"),
+        ("qwen3", "fast", "q4_0"),
+        ("qwen3", "fast", "q4_k_m"),
+    ],
+)
 def test_the_walk_ends_in_a_file_that_computes_what_its_checkpoint_computes(
-    scheme: str, model: Model, llama_logits: Logits, tmp_path: Path
+    case: str, effort: str | None, scheme: str, model: Model, llama_logits: Logits, tmp_path: Path
 ) -> None:
-    opened = open_model(str(model("r1")))
-    plan = make_plan(opened.source, Recipe.named(scheme), ("gguf",))
-    output = OutputFolder(tmp_path / "out")
-    list(quantize_model(opened, plan, output))
-    checkpoint = QuantizedCheckpoint.open(output.checkpoint)
+    """Rounded to nearest and by GPTQ; llama.cpp's own logits of the file are those of our forward pass on the checkpoint."""
+    (tmp_path / "text.txt").write_text("".join(f"{n} + {n * n} = {n + n * n}; wait, think.\n" for n in range(200)))
+    options = {"calibration": str(tmp_path / "text.txt"), "samples": 4, "seq_len": 64} if effort else {}
+    job = Job(model=str(model(case)), scheme=scheme, effort=effort, threads=1, output=tmp_path / "out", **options)  # type: ignore[arg-type]
+    opened = open_job(job)
+    list(run_job(opened, plan_job(opened)))
+    checkpoint = QuantizedCheckpoint.open(tmp_path / "out" / "checkpoint")
+    assert checkpoint.manifest["method"] == ("gptq" if effort else "rtn")
     path = next((tmp_path / "out").glob("*.gguf"))
     result = verify_gguf(checkpoint, path)
     assert (result.defects, result.tensors) == ((), len(checkpoint.tensors))
-    (ours,) = logits(Configured(opened.source.config, checkpoint), TOKENS[None])
+    (ours,) = logits(Configured(opened.model.source.config, checkpoint), TOKENS[None])
     # llama.cpp rounds the inputs of each product to 8 bits, which sends a token to another expert now and then: hence the median.
     apart = divergences(ours, llama_logits(path, TOKENS))
     assert np.median(apart) < 0.02
