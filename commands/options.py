@@ -96,7 +96,18 @@ METHOD = (
     click.Option(
         ["--max-ram"], metavar="SIZE", help="Memory to stay within, such as 6GiB.  [default: what is available]"
     ),
-    click.Option(["--threads"], type=click.IntRange(min=1), help="Threads.  [default: all physical cores]"),
+    click.Option(
+        ["--threads"],
+        type=click.IntRange(min=1),
+        help="Threads, of each worker.  [default: all physical cores, shared by the workers]",
+    ),
+    click.Option(
+        ["--workers"],
+        default="1",
+        show_default=True,
+        metavar="N|ray[://HOST:PORT]",
+        help="Processes that share a block's work here, or machines: ray (here), ray:auto (this cluster), ray://HOST:PORT.",
+    ),
 )
 OUTPUT = click.Option(
     ["-o", "--output"], type=click.Path(path_type=Path), help="Output folder. [default: r1q-out/<model>-<scheme>]"

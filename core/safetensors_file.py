@@ -16,7 +16,7 @@ import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -140,6 +140,10 @@ class SafetensorsFile:
     def close(self) -> None:
         """Close the file; reading after this is an error."""
         self._finalizer()
+
+    def __reduce__(self) -> tuple[Callable[[Path], SafetensorsFile], tuple[Path]]:
+        """Let another process open the file for itself."""
+        return SafetensorsFile.open, (self.path.absolute(),)
 
     def __enter__(self) -> SafetensorsFile:
         return self

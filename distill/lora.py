@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,12 @@ class AdaptedSource(ModelSource):
         config = replace(base.config, name=f"{base.config.name}-{adapter.name}")
         super().__init__(base.path, config, base.tensors, base._files, layout)
         self.notes = (*base.notes, f"adapter {adapter.name} merged into {len(adapter.updates)} matrices")
-        self._adapter = adapter
+        self._base, self._adapter = base, adapter
         self._last: tuple[str, Floats] | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., ModelSource], tuple[object, ...]]:
+        """Let another process open the checkpoint and the adapter for itself."""
+        return AdaptedSource, (self._base, self._adapter)
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
         """Return rows [start, stop) of the merged tensor as float32; the same rows are the same bits however they are cut."""

@@ -6,7 +6,7 @@ loaded. No file of the folder may lie outside of it (links into the blobs of a H
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -88,6 +88,10 @@ class ModelSource:
         if config.tied and HEAD in headers:
             check_repeated_head(path, files[HEAD], files[EMBEDDING])
         return source
+
+    def __reduce__(self) -> tuple[Callable[..., ModelSource], tuple[object, ...]]:
+        """Let another process open the checkpoint for itself."""
+        return ModelSource.open, (self.path.absolute(), self.config.name)
 
     def spec(self, name: str) -> TensorSpec:
         """Return the tensor named `name`; `KeyError` when the model has none."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 from r1q.core.checkpoint import JOB
 from r1q.core.errors import UsageError
 from r1q.plan.surroundings import look_around
+from r1q.quantize.crews import LOCAL, parse_workers
 from r1q.quantize.engine import Effort, Engine
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def choose_engine(job: Job, checkpoint: Path) -> tuple[Engine, bool]:
     effort = cast(Effort, job.effort or "default")
     engine = Engine(
         effort=effort,
-        threads=job.threads or (begun.threads if begun is not None else None) or look_around(Path.cwd()).cores,
+        threads=job.threads or (begun.threads if begun is not None else None) or _threads(job),
         isa=isa,
         compute="bfloat16" if found in _BFLOAT16 or job.device != "cpu" else "float32",
         device=job.device,
@@ -55,6 +56,22 @@ def choose_engine(job: Job, checkpoint: Path) -> tuple[Engine, bool]:
         return engine, False
     left_out = job.heal is None and not begun.heal  # there was no memory for it, then
     return replace(engine, tile=begun.tile, slab=begun.slab, heal=0 if left_out else engine.heal), True
+
+
+def _threads(job: Job) -> int:
+    """Return the threads of a task: those of all cores, shared by the workers that are here."""
+    return max(1, look_around(Path.cwd()).cores // parse_workers(job.workers).count)
+
+
+def workers_beside(job: Job) -> int:
+    """Return how many workers code on this machine beside the run, 0 where it does so itself."""
+    workers = parse_workers(job.workers)
+    if workers.address is None:
+        return workers.count if workers.count > 1 else 0
+    if workers.address != LOCAL:
+        return 1  # this machine may be one of Ray's
+    cores = look_around(Path.cwd()).cores
+    return max(1, cores // (job.threads or cores))
 
 
 def _begun(checkpoint: Path) -> Engine | None:

@@ -12,11 +12,13 @@ from r1q.core.errors import CheckError, ResourceError, UsageError
 from r1q.models.embedded import OpenedModel, open_model
 from r1q.plan.activations import ActivationText
 from r1q.plan.choose import W8A8, Choice, Wish, choose_recipe
+from r1q.plan.effort import choose_engine, workers_beside
 from r1q.plan.healing import fit_healing, left_unhealed
 from r1q.plan.kv_cache import CacheText, cache_text
 from r1q.plan.memory import Workload, ceiling, fit_engine, memory_parts, rounding_parts, short_of
 from r1q.plan.plan import Plan, make_plan
 from r1q.plan.walk import Exported, quantize_model
+from r1q.quantize.crews import Workers, parse_workers
 from r1q.quantize.engine import Engine
 from r1q.quantize.run import Calibration, Event
 
@@ -49,6 +51,7 @@ class Job:
     damp: float = 0.05
     moe_calibration: Literal["routed", "all", "hybrid"] = "routed"
     threads: int | None = None
+    workers: str = "1"
     device: str = "cpu"
     max_ram: str | None = None
     output: Path | None = None
@@ -126,6 +129,8 @@ def plan_job(opened: OpenedJob) -> Plan:
 def refuse_contradictions(job: Job) -> None:
     """Raise `UsageError` for options that do not go together."""
     cache_text(job.kv, job.formats, CacheText())
+    if parse_workers(job.workers) != Workers() and not job.calibrated:
+        raise UsageError("--workers share the coding of a calibrated run: give --effort too, or leave it out")
     if job.activations is not None and not job.static:
         raise UsageError("--activations says how ranges of inputs are found: it goes with --scheme w8a8")
     if job.heal and (job.static or job.method == "rtn"):
@@ -181,14 +186,20 @@ def _calibration(opened: OpenedJob, plan: Plan) -> Calibration:
     )
     engine = planned_engine(opened, plan, len(windows.tokens))
     missed = () if engine.heal else left_unhealed(job, workload(opened, plan, len(windows.tokens)), engine)
-    return Calibration(tokens=windows.tokens, record=windows.record, engine=engine, notes=missed)
+    return Calibration(tokens=windows.tokens, record=windows.record, engine=engine, workers=job.workers, notes=missed)
 
 
 def workload(opened: OpenedJob, plan: Plan, windows: int | None = None) -> Workload:
     """Return what a calibrated job is over; `windows` None takes as many as are asked for, though the text may have fewer."""
     job = opened.job
     config = opened.model.source.config
-    return Workload(config=config, tensors=plan.tensors, windows=windows or job.samples, length=job.seq_len)
+    return Workload(
+        config=config,
+        tensors=plan.tensors,
+        windows=windows or job.samples,
+        length=job.seq_len,
+        workers=workers_beside(job),
+    )
 
 
 def planned_engine(opened: OpenedJob, plan: Plan, windows: int | None = None) -> Engine:
@@ -196,8 +207,6 @@ def planned_engine(opened: OpenedJob, plan: Plan, windows: int | None = None) ->
 
     A run that was begun keeps its own tiles and slabs, which decide last bits. Raises `ResourceError` where it does not fit.
     """
-    from r1q.plan.effort import choose_engine
-
     job = opened.job
     engine, begun = choose_engine(job, OutputFolder(job_folder(job, plan)).checkpoint)
     work, limit = workload(opened, plan, windows), ceiling(job.max_ram)
