@@ -7,6 +7,8 @@ and each layer is run once per stream.
 With an exact stream beside the coded one, a stage also says which way its inputs have drifted: the weights W* that come closest to
 the float model's results on the coded inputs are W + W·drift·H⁻¹ (the normal equations of min ‖W·x_exact − W*·x_coded‖²); where
 the layer adds to the residual stream, the drift of that stream is part of what it should make good, and drift·H⁻¹ is the whole shift.
+There tokens count by 1/rms² of the stream behind the layer: whatever reads the stream normalizes it, so that an error weighs by its
+share of the token's size. Else a few tokens hundreds of times as large as the rest (attention sinks) would have most of the say.
 """
 
 from __future__ import annotations
@@ -122,13 +124,15 @@ class BlockWalk:
         for (coded, exact), keep in zip(self._tiles(streams), _parts(kept, self.windows), strict=True):
             inputs = inner(self.coded, coded)
             keep.copy_(inputs)
-            add_second_moment(moment, inputs.flatten(0, 1), self.dtype)
             if exact is not None and drift is not None:
                 wanted = inner(self.exact, exact)
                 missing = exact - coded + linear(self.exact, kind, wanted - inputs, bias=False)
-                add_product(drift, missing.flatten(0, 1), inputs.flatten(0, 1), self.dtype)
                 exact += linear(self.exact, kind, wanted)
-                del wanted, missing
+                share = _share(exact, self.config)
+                inputs *= share
+                add_product(drift, (missing * share).flatten(0, 1), inputs.flatten(0, 1), self.dtype)
+                del wanted, missing, share
+            add_second_moment(moment, inputs.flatten(0, 1), self.dtype)
             del inputs
         yield Stage(kinds=(kind,), tokens=streams.tokens, moment=moment, drift=drift, residual=True)
         for (coded, _), keep in zip(self._tiles(streams), _parts(kept, self.windows), strict=True):
@@ -145,6 +149,11 @@ class BlockWalk:
         coded = _parts(streams.coded, self.windows)
         exact = [None] * len(coded) if streams.exact is None else _parts(streams.exact, self.windows)
         yield from zip(coded, exact, strict=True)
+
+
+def _share(stream: Tensor, config: ModelConfig) -> Tensor:
+    """Return 1/rms of each token of a residual stream [..., hidden_size]: [..., 1]."""
+    return stream.square().mean(-1, keepdim=True).add_(config.rms_norm_eps).rsqrt_()
 
 
 def _parts(windows: Tensor, size: int) -> list[Tensor]:

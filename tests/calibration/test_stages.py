@@ -37,8 +37,9 @@ STAGES = {
     ("ffn_gate", "ffn_up"): "mlp.gate_proj",
     ("ffn_down",): "mlp.down_proj",
 }
-# Where the residual stream is before the layers that add to it.
+# Where the residual stream is before the layers that add to it, and behind them.
 BEFORE = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+BEHIND = {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": "after"}
 TOLERANCE = 1e-4
 
 
@@ -118,6 +119,15 @@ def walk_blocks(
         yield layer, streams
 
 
+def shares(float_model: Seen, layer: int, kinds: tuple[str, ...]) -> Doubles:
+    """Return what each token counts, [tokens, 1]: 1/rms of the stream behind layers that add to it, else 1."""
+    behind = BEHIND.get(STAGES[kinds])
+    if behind is None:
+        return np.ones((len(float_model[f"{layer}.after"]), 1))
+    share: Doubles = 1 / np.sqrt(np.square(float_model[f"{layer}.{behind}"]).mean(axis=1, keepdims=True))
+    return share
+
+
 def assert_moment(moment: Tensor, wanted: Doubles) -> None:
     """Compare a moment (columns reversed, lower triangle) with xᵀx."""
     have = moment.numpy()[::-1, ::-1]
@@ -146,7 +156,7 @@ def test_stages_and_hidden_states_are_those_of_transformers(make_model: MakeMode
                 np.testing.assert_allclose(stream.flatten(0, 1).numpy(), after, atol=2e-5)
         else:
             order.append((layer, found.kinds))
-            read = seen[f"{layer}.{STAGES[found.kinds]}"]
+            read = seen[f"{layer}.{STAGES[found.kinds]}"] * shares(seen, layer, found.kinds)
             assert found.tokens == len(read) == 120
             assert_moment(found.moment, read.T @ read)
             assert found.drift is not None
@@ -160,12 +170,14 @@ def test_a_stage_reads_what_everything_before_it_coded_has_made(make_model: Make
     """Moments are those of the model whose matrices are all replaced: what comes later does not reach a stage."""
     family, options = FAMILIES[case]
     folder = make_model(family, **options)
-    seen = seen_by_transformers(folder, coarse)
+    float_model, seen = seen_by_transformers(folder), seen_by_transformers(folder, coarse)
     for layer, found in walk_blocks(folder, coarse, exact=exact):
         if isinstance(found, Streams):
             np.testing.assert_allclose(found.coded.flatten(0, 1).numpy(), seen[f"{layer}.after"], atol=5e-5)
         else:
             read = seen[f"{layer}.{STAGES[found.kinds]}"]
+            if exact:
+                read = read * shares(float_model, layer, found.kinds)
             assert_moment(found.moment, read.T @ read)
             assert (found.drift is not None) == exact
 
@@ -174,7 +186,7 @@ def test_a_stage_reads_what_everything_before_it_coded_has_made(make_model: Make
 def test_drift_is_how_far_inputs_and_residual_stream_are_from_the_float_models(
     make_model: MakeModel, case: str
 ) -> None:
-    """From two models of transformers in float64: (x_exact − x)ᵀx; for layers that add, (all that is missing behind them)ᵀx."""
+    """From two models of transformers in float64: (x_exact − x)ᵀx; for layers that add, (all that is missing behind)ᵀx, weighed."""
     family, options = FAMILIES[case]
     folder = make_model(family, **options)
     float_model, coded_model = seen_by_transformers(folder), seen_by_transformers(folder, coarse)
@@ -192,7 +204,8 @@ def test_drift_is_how_far_inputs_and_residual_stream_are_from_the_float_models(
             before = f"{layer}.{BEFORE[STAGES[found.kinds]]}"
             weight = load_block(source, layer)[f"{found.kinds[0]}.weight"].double().numpy()
             away = float_model[before] - coded_model[before] + away @ weight.T
-        assert_product(found.drift, away, read)
+        share = shares(float_model, layer, found.kinds)
+        assert_product(found.drift, away * share, read * share)
         if layer:
             assert np.abs(found.drift.numpy()).max() > 100 * TOLERANCE  # there is something to compare
 
@@ -209,7 +222,7 @@ def test_the_number_of_windows_at_once_changes_last_bits_only(make_model: MakeMo
 def test_bfloat16_products_stay_near_and_the_streams_in_float32(make_model: MakeModel) -> None:
     """Eight bits of mantissa: a product is off by 2⁻⁸ of its size at most, a sum of many by less; two blocks add up to some 2 %."""
     folder = make_model("llama")
-    seen = seen_by_transformers(folder, coarse)
+    float_model, seen = seen_by_transformers(folder), seen_by_transformers(folder, coarse)
     for layer, found in walk_blocks(folder, coarse, dtype=torch.bfloat16):
         if isinstance(found, Streams):
             assert found.coded.dtype == torch.float32
@@ -217,7 +230,7 @@ def test_bfloat16_products_stay_near_and_the_streams_in_float32(make_model: Make
             assert 1e-4 < off / np.linalg.norm(seen[f"{layer}.after"]) < 0.02
         else:
             read = seen[f"{layer}.{STAGES[found.kinds]}"]
-            diagonal = np.square(read).sum(axis=0)
+            diagonal = np.square(read * shares(float_model, layer, found.kinds)).sum(axis=0)
             np.testing.assert_allclose(found.moment.diagonal().numpy()[::-1], diagonal, rtol=0.1)
 
 
