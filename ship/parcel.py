@@ -19,6 +19,7 @@ from r1q.core.errors import InputError, UsageError
 from r1q.core.files import TEMP_PREFIX, atomic_write, sha256_file, writing
 from r1q.core.untrusted import printable
 from r1q.models.config import read_json
+from r1q.models.embedded import NAME as EMBEDDED_NAME
 from r1q.ship.card import Card, card_text, read_results
 from r1q.ship.cluster import kubernetes_yaml, object_name, prometheus_yaml
 from r1q.ship.facts import R1_TEMPERATURE, R1_TOP_P, find_origin, gguf_facts
@@ -152,6 +153,10 @@ def _texts(
     notes = list(run.notes)
     if not licences:
         notes.append(f"the licence of {origin.base} is not known: find it out before passing this on")
+    if "/" not in origin.base and origin.base != EMBEDDED_NAME:
+        notes.append(
+            f"base_model in README.md is {origin.base}, a folder's name: put the model's id on the hub there to publish it"
+        )
     made = recall(checkpoint, [artifact.format for artifact in artifacts])
     if made.recipe is not None:
         texts[RECIPE] = made.recipe

@@ -10,6 +10,7 @@ from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import R1qError
 from r1q.core.recipe import Recipe
 from r1q.core.untrusted import printable
+from r1q.models.embedded import NAME as EMBEDDED_NAME
 from r1q.plan.choose import W8A8
 
 RECIPE = "recipe.toml"
@@ -76,7 +77,7 @@ def _model(checkpoint: QuantizedCheckpoint) -> list[str]:
     origin = _mapping(checkpoint.manifest.get("origin"))
     if repository := origin.get("repository"):
         return [f"{repository}@{origin['commit']}" if origin.get("commit") else str(repository)]
-    return [] if checkpoint.model_name == "tiny-r1" else [checkpoint.model_name]
+    return [] if checkpoint.model_name == EMBEDDED_NAME else [checkpoint.model_name]
 
 
 def _engine_options(engine: Mapping[str, object]) -> list[str]:

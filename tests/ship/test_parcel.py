@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -205,7 +206,23 @@ def test_licence_files_of_the_source_and_notices_come_with_it(output: Path, tmp_
     assert "Llama 3.1 is licensed under" in (packed.path / "NOTICE").read_text()
     card = (packed.path / "README.md").read_text()
     assert "Built with Llama" in card
+    assert not any("base_model" in note for note in packed.notes), "the embedded model has no other name"
     assert read_card(packed.path / "README.md")["license"] == "llama3.1"
+
+
+def test_a_folders_name_is_no_id_on_the_hub(output: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(output, copy)
+    manifest = json.loads((copy / "checkpoint" / "manifest.json").read_bytes())
+    text = json.dumps({**manifest, "model": "my-folder"}, sort_keys=True)
+    (copy / "checkpoint" / "manifest.json").write_text(text)
+    listed = json.loads((copy / "artifacts.json").read_bytes())
+    for entry in listed.values():
+        entry["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (copy / "artifacts.json").write_text(json.dumps(listed))
+    packed = pack(copy, "phone", tmp_path / "p")
+    assert "base_model in README.md is my-folder, a folder's name" in packed.notes[-1]
+    assert "r1q quantize my-folder --scheme q4_k_m" in (packed.path / "README.md").read_text()
 
 
 def test_an_unknown_licence_is_said(output: Path, tmp_path: Path) -> None:
