@@ -55,17 +55,16 @@ class Stack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swap:
-    """One exchange: what two stacks had and would have, and the measured divergence without and with it, in nats a token."""
+    """One exchange: what two stacks had and would have, and the measured divergence without and with it, in nats a token.
+
+    It was `kept` where the divergence fell and the artifact, padding and all, stays within its budget.
+    """
 
     was: Mapping[str, Option]
     to: Mapping[str, Option]
     before: float
     after: float
-
-    @property
-    def kept(self) -> bool:
-        """Whether the divergence fell."""
-        return self.after < self.before
+    kept: bool
 
     def __str__(self) -> str:
         parts = [f"{key} {self.was[key].scheme} to {new.scheme}" for key, new in self.to.items()]
@@ -89,16 +88,16 @@ def swapped(
     truth = np.concatenate(list(logits(source, tokens, first=tokens.shape[1] // 2)))
     rounded = _Rounded(source, stacks, state)
     before = _divergence(rounded, tokens, truth)
-    measured = 0
-    while measured < count and (found := _next(stacks, state, tried)) is not None:
+    for _ in range(count):
+        found = _next(stacks, state, tried)
+        if found is None:
+            return
         tried.add(_key(found))
-        if not fits(state | found):
-            continue
-        measured += 1
         held = rounded.exchange(found)
         after = _divergence(rounded, tokens, truth)
-        swap = Swap(was={key: state[key] for key in found}, to=found, before=before, after=after)
-        if swap.kept:
+        kept = after < before and fits(state | found)
+        swap = Swap(was={key: state[key] for key in found}, to=found, before=before, after=after, kept=kept)
+        if kept:
             state |= found
             before = after
         else:
