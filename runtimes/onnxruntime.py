@@ -205,8 +205,8 @@ def _neighbours(sequences: Sequence[int]) -> Iterator[tuple[int, int]]:
 class _Cache:
     """Keys and values of `sequences`, a buffer [sequences, heads, context, width] for each of them and each layer.
 
-    Memory is the system's until it is written to. On Linux numpy asks for pages of 2 MB for arrays of 4 MB and more: then a first token
-    takes one for each head of each buffer, which at a context of 8,192 with heads of 64 floats is all of them; shorter ones grow slowly.
+    Memory is the system's until it is written to. On Linux numpy asks for pages of 2 MB for arrays of 4 MB and more: there a first
+    token takes one for each head of each buffer, which at a context of 8,192 with heads of 64 floats is all of them.
     """
 
     def __init__(self, decoder: OnnxDecoder, sequences: int, context: int, device: str) -> None:
