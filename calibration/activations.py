@@ -86,7 +86,7 @@ def block_activations(
 
 def _walk(weights: Weights, config: ModelConfig, hidden: Tensor, turn: Rotation, *, store: bool) -> Iterator[Inputs]:
     """Yield for each window what each stage reads, [length, columns]; with `store`, `hidden` is left as the block makes it."""
-    for window in hidden.split(1):  # the axis stays: torch's attention makes no matrix of scores where it has four
+    for window in hidden[:, None]:  # one more axis: torch's attention makes no matrix of scores where it has four
         normed = attention_input(weights, config, window)
         mixed = attention_mix(weights, config, normed, turn)
         between = window + attended(weights, mixed)
