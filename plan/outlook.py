@@ -48,11 +48,9 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
         if timed:
             from r1q.quantize import pace
 
-            scheme = next(
-                (t.scheme for t in plan.tensors if t.spec.layer == 0 and t.scheme.facts.family != "float"), None
-            )
-            if scheme is not None:
-                found = pace.probe(engine, scheme)
+            main = pace.main_scheme(plan.tensors)
+            if main is not None:
+                found = pace.probe(engine, *main)
                 seconds = pace.seconds(config, plan.tensors, engine, tokens, found)
                 if engine.heal:
                     products, exact = healing_work(workload(opened, plan), engine)

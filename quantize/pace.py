@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from r1q.calibration.moments import add_second_moment
+from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor
 from r1q.core.scheme import Scheme
+from r1q.core.tensors import TensorSpec
+from r1q.models import fp8
 from r1q.models.config import ModelConfig
-from r1q.quantize.calibrated import computing
+from r1q.quantize.computing import computing
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq import gptq
 from r1q.quantize.gptq.factor import factorize
 from r1q.quantize.refine import refine
+from r1q.quantize.rtn import rtn
 
 _SIDE, _TOKENS, _ROWS = 1024, 2048, 512
 _SECONDS = 1.0
+_BLOCK = (128, 128)
+_SPREAD = 0.5
+_PLAIN = ("attn_k_b",)  # kinds that are rounded without second moments
 # The first of every group of layers that read the same.
 _FIRST = (
     *("attn_q", "attn_q_a", "attn_q_b", "attn_v_b", "attn_output", "ffn_gate", "ffn_down"),
@@ -30,16 +41,21 @@ _FIRST = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """Multiply-adds a second in the engine's dtype and in float32, weights coded a second, weights refined a second and pass."""
+    """Multiply-adds a second in the engine's dtype and in float32; weights a second coded, rounded, refined (one pass) and read.
+
+    Reading is making float32 of what is stored; the disk is not asked.
+    """
 
     products: float
     exact_products: float
     coded: float
+    rounded: float
     refined: float
+    read: float
 
 
-def probe(engine: Engine, scheme: Scheme) -> Pace:
-    """Measure for about five seconds, after kernels are compiled."""
+def probe(engine: Engine, scheme: Scheme, dtype: str = "BF16") -> Pace:
+    """Measure for about seven seconds, after kernels are compiled; `dtype` is what weights are stored in. No weight is read."""
     random = np.random.default_rng(0)
     with computing(engine):
         inputs = torch.from_numpy(random.standard_normal((_TOKENS, _SIDE), dtype=np.float32))
@@ -52,32 +68,93 @@ def probe(engine: Engine, scheme: Scheme) -> Pace:
         if factor is None:
             raise ValueError("second moments of noise are positive definite")
         coded = gptq(weights, factor, scheme, threads=engine.threads)
+        importance = random.gamma(1.0, size=_SIDE).astype(np.float32)
+        codes = random.integers(0, 120, (_ROWS, _SIDE)).astype(np.uint8 if dtype == fp8.DTYPE else np.uint16)
+        scales = np.ones((_ROWS // _BLOCK[0], _SIDE // _BLOCK[1]), np.float32)
         work = _TOKENS * _ROWS * _SIDE
         return Pace(
             products=_rate(lambda: narrow @ matrix.T, work),
             exact_products=_rate(lambda: inputs @ wide.T, work),
             coded=_rate(lambda: gptq(weights, factor, scheme, threads=engine.threads), weights.size),
+            rounded=_rate(lambda: rtn(weights, scheme, importance), weights.size),
             refined=_rate(lambda: refine(coded, weights, factor, passes=1, threads=engine.threads), weights.size),
+            read=_rate(lambda: _widened(codes, scales), weights.size),
         )
 
 
+def _widened(codes: NDArray[Any], scales: Floats) -> Floats:
+    """Return 8-bit floats, or bits of bfloat16, as float32."""
+    if codes.dtype == np.uint8:
+        return fp8.dequantize(codes.view(np.uint8), scales, 0, _BLOCK)
+    wide: Floats = (codes.astype(np.uint32) << 16).view(np.float32)
+    return wide
+
+
+def main_scheme(tensors: Sequence[PlannedTensor]) -> tuple[Scheme, str] | None:
+    """Return the grid that most weights of the blocks are coded in, and the dtype they are stored in; None where nothing is coded."""
+    sizes: Counter[tuple[Scheme, str]] = Counter()
+    for tensor in tensors:
+        if tensor.spec.layer is not None and tensor.spec.is_matrix and tensor.scheme.facts.family != "float":
+            sizes[tensor.scheme, tensor.spec.dtype] += tensor.spec.size
+    return max(sizes, key=lambda key: sizes[key]) if sizes else None
+
+
 def seconds(config: ModelConfig, tensors: Sequence[PlannedTensor], engine: Engine, tokens: int, pace: Pace) -> float:
-    """Return the time of a calibrated run: products of the forward passes and statistics, factors, coding, refining."""
-    matrices = [t.spec for t in tensors if t.spec.is_matrix and t.spec.layer is not None]
-    weights = sum(spec.size for spec in matrices)
-    sent = 1.0 if config.experts is None else config.experts.used / config.experts.count
-    share = {True: sent, False: 1.0}  # of the tokens, by whether a matrix is an expert's
-    first = [spec for spec in matrices if spec.kind in _FIRST]  # one of each group that reads the same
-    moments = sum(share[spec.expert is not None] * spec.columns**2 for spec in first)
-    cubes = sum(spec.columns**3 for spec in first)
-    read = sum(share[spec.expert is not None] * spec.size for spec in matrices)
-    feedback = sum(spec.size * spec.columns for spec in matrices)
-    forward = tokens * (read + 0.6 * moments)
+    """Return the time of a calibrated run: products of the forward passes and statistics, factors, coding, refining, reading.
+
+    How many experts see tokens enough for second moments nobody knows before: see `_chance`.
+    """
+    parts = [_Part.of(config, t, engine, tokens) for t in tensors if t.spec.is_matrix and t.spec.layer is not None]
+    first = [part for part in parts if part.spec.kind in _FIRST]  # one of each group that reads the same
+    moments = sum(part.fitted * part.seen * part.spec.columns**2 for part in first)
+    cubes = sum(part.fitted * part.spec.columns**3 for part in first)
+    run = sum(part.sent * part.spec.size for part in parts)
+    feedback = sum(part.fitted * part.spec.size * part.spec.columns for part in parts)
+    forward = tokens * (run + 0.6 * moments)
     if engine.exact_stream:
-        forward += tokens * (1.3 * read + 0.7 * moments)
+        forward += tokens * (1.3 * run + 0.7 * moments)
         feedback += 2 * feedback
-    products = forward / pace.products + (cubes / 6 + feedback / 2 * (1 + engine.passes)) / pace.exact_products
-    return products + weights / pace.coded + engine.passes * weights / pace.refined
+    # K³/6 multiply-adds of a factorisation, at half the pace of a product.
+    products = forward / pace.products + (cubes / 3 + feedback / 2 * (1 + engine.passes)) / pace.exact_products
+    weights = sum(part.spec.size for part in parts)
+    fitted = sum(part.fitted * part.spec.size for part in parts)
+    coding = fitted / pace.coded + (weights - fitted) / pace.rounded + engine.passes * fitted / pace.refined
+    # What is written is read again for the forward pass, and put together: about as much as reading takes.
+    return products + coding + 2 * weights * (1 + engine.exact_stream) / pace.read
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A matrix: the shares of all tokens `sent` through it and `seen` for its statistics, and the chance that it is `fitted`."""
+
+    spec: TensorSpec
+    sent: float
+    seen: float
+    fitted: float
+
+    @classmethod
+    def of(cls, config: ModelConfig, tensor: PlannedTensor, engine: Engine, tokens: int) -> _Part:
+        spec, experts = tensor.spec, config.experts
+        if tensor.scheme.facts.family == "float" or spec.kind in _PLAIN:
+            return cls(spec, 1.0, 0.0, 0.0)
+        if spec.expert is None or experts is None:
+            return cls(spec, 1.0, 1.0, 1.0)
+        sent = experts.used / experts.count
+        if engine.experts == "all":
+            return cls(spec, sent, 1.0, 1.0)
+        if engine.experts == "hybrid" and tokens >= engine.few:
+            return cls(spec, sent, max(sent, engine.few / tokens), 1.0)
+        return cls(spec, sent, sent, _chance(sent * tokens, engine.few))
+
+
+def _chance(mean: float, few: int) -> float:
+    """Return the share of experts that see at least `few` tokens where they see `mean` on average.
+
+    Loads are taken as log-normal with a spread of e^±0.5, as routers that were trained for balance have them within a factor of two.
+    """
+    if not mean:
+        return 0.0
+    return 0.5 * (1 + math.erf(math.log(mean / max(few, 1)) / (_SPREAD * math.sqrt(2))))
 
 
 def _rate(call: Callable[[], object], work: int) -> float:
