@@ -36,8 +36,8 @@ _TOKENS, _MEASURED, _RATE = 512, 8, 1e-4
 """Tokens of a step, measurements of a run, and the highest learning rate: the relative change of a scale."""
 HEALING_COPIES = 2
 """On the disk: the healed checkpoint beside the other, and as much for what is trained, its moments, and the float model's states."""
-# Bytes of memory, of which the sum is held against measured peaks in `tests/plan/test_healing.py`: for each weight its level, and a
-# share of its step with two moments, a gradient and a copy; for each number of a position inside a block; for some rows of logits.
+# Counted, not measured: bytes for each weight's level and its share of a step with gradient, two moments and copies; numbers of a
+# position inside a block, of hidden and of feed-forward size; bytes for some rows of logits, five times.
 _TRAINED, _INNER, _GATED, _LOGITS = 2.3, 18, 8, 200_000_000
 
 
