@@ -29,8 +29,8 @@ class Streams:
 class Stage:
     """Linear layers that read one input. `moment` [columns, columns]: the sum over `tokens` of xᵀx, columns reversed, lower triangle.
 
-    `drift` is the sum of (x_exact − x)ᵀx, or, if `residual`, already the sum of (what the layer should add)ᵀx [rows, columns]; there
-    both sums weigh a token by 1/rms² of the float model's residual stream behind the layer.
+    `drift` is the sum of (x_exact − x)ᵀx, or, if `residual`, already the sum of (what the layer should add)ᵀx [rows, columns]; of such
+    a layer both sums weigh a token by 1/rms² of the residual stream (`stages`).
     A `plain` stage has no moments to go by: its layers are rounded by `importance` (mean squares [columns]; None: all columns alike).
     `note` says what was done otherwise than asked.
     """

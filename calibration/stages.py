@@ -7,8 +7,9 @@ and each layer is run once per stream.
 With an exact stream beside the coded one, a stage also says which way its inputs have drifted: the weights W* that come closest to
 the float model's results on the coded inputs are W + W·drift·H⁻¹ (the normal equations of min ‖W·x_exact − W*·x_coded‖²); where
 the layer adds to the residual stream, the drift of that stream is part of what it should make good, and drift·H⁻¹ is the whole shift.
-There tokens count by 1/rms² of the stream behind the layer: whatever reads the stream normalizes it, so that an error weighs by its
-share of the token's size. Else a few tokens hundreds of times as large as the rest (attention sinks) would have most of the say.
+There tokens count by 1/rms² of the float stream behind the layer (without one, of the coded stream before it): whatever reads the
+stream normalizes it, so that an error weighs by its share of the token's size. Else a few tokens hundreds of times as large as the
+rest (attention sinks) would have most of the say.
 """
 
 from __future__ import annotations
@@ -124,7 +125,9 @@ class BlockWalk:
         for (coded, exact), keep in zip(self._tiles(streams), _parts(kept, self.windows), strict=True):
             inputs = inner(self.coded, coded)
             keep.copy_(inputs)
-            if exact is not None and drift is not None:
+            if exact is None or drift is None:
+                inputs *= _share(coded, self.config)
+            else:
                 wanted = inner(self.exact, exact)
                 missing = exact - coded + linear(self.exact, kind, wanted - inputs, bias=False)
                 exact += linear(self.exact, kind, wanted)

@@ -7,7 +7,7 @@ hundred times that, as the last test shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +119,12 @@ def walk_blocks(
         yield layer, streams
 
 
-def shares(float_model: Seen, layer: int, kinds: tuple[str, ...]) -> Doubles:
-    """Return what each token counts, [tokens, 1]: 1/rms of the stream behind layers that add to it, else 1."""
-    behind = BEHIND.get(STAGES[kinds])
-    if behind is None:
-        return np.ones((len(float_model[f"{layer}.after"]), 1))
-    share: Doubles = 1 / np.sqrt(np.square(float_model[f"{layer}.{behind}"]).mean(axis=1, keepdims=True))
+def shares(seen: Seen, layer: int, kinds: tuple[str, ...], where: Mapping[str, str] = BEHIND) -> Doubles:
+    """Return what each token counts, [tokens, 1]: 1/rms of the stream behind layers that add to it (or `where` else), else 1."""
+    place = where.get(STAGES[kinds])
+    if place is None:
+        return np.ones((len(seen[f"{layer}.after"]), 1))
+    share: Doubles = 1 / np.sqrt(np.square(seen[f"{layer}.{place}"]).mean(axis=1, keepdims=True))
     return share
 
 
@@ -175,9 +175,8 @@ def test_a_stage_reads_what_everything_before_it_coded_has_made(make_model: Make
         if isinstance(found, Streams):
             np.testing.assert_allclose(found.coded.flatten(0, 1).numpy(), seen[f"{layer}.after"], atol=5e-5)
         else:
-            read = seen[f"{layer}.{STAGES[found.kinds]}"]
-            if exact:
-                read = read * shares(float_model, layer, found.kinds)
+            weigh = shares(float_model, layer, found.kinds) if exact else shares(seen, layer, found.kinds, BEFORE)
+            read = seen[f"{layer}.{STAGES[found.kinds]}"] * weigh
             assert_moment(found.moment, read.T @ read)
             assert (found.drift is not None) == exact
 
