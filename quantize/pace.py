@@ -31,6 +31,7 @@ _SIDE, _TOKENS, _ROWS = 1024, 2048, 512
 _SECONDS = 1.0
 _BLOCK = (128, 128)
 _SPREAD = 0.5
+_HANDLED = 6  # times that reading takes, for all that is done to a weight besides coding (profiled on an expert of R1)
 _PLAIN = ("attn_k_b",)  # kinds that are rounded without second moments
 # The first of every group of layers that read the same.
 _FIRST = (
@@ -119,8 +120,8 @@ def seconds(config: ModelConfig, tensors: Sequence[PlannedTensor], engine: Engin
     weights = sum(part.spec.size for part in parts)
     fitted = sum(part.fitted * part.spec.size for part in parts)
     coding = fitted / pace.coded + (weights - fitted) / pace.rounded + engine.passes * fitted / pace.refined
-    # What is written is read again for the forward pass, and put together: about as much as reading takes.
-    return products + coding + 2 * weights * (1 + engine.exact_stream) / pace.read
+    # Read, packed, unpacked for its error, written, read again for the forward pass and for the block's file.
+    return products + coding + (_HANDLED + engine.exact_stream) * weights / pace.read
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def test_one_matrix_by_hand(make_model: Callable[..., Path]) -> None:
         "coded": size,
         "rounded": 0,
         "refined": 0,
-        "read": 2 * size,
+        "read": 6 * size,
         "products": 100 * (size + 0.6 * columns**2),
         "exact_products": columns**3 / 3 + size * columns / 2,
     }.items():
