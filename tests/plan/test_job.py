@@ -14,7 +14,14 @@ from r1q.plan.job import Job, job_folder, newest_or_embedded, open_job, plan_job
 from r1q.plan.walk import Exported
 
 MakeModel = Callable[..., Path]
-OF_THE_SCREEN = {"log_json", "dry_run", "quiet", "fit", "bpw", "swaps"}  # the last three become a scheme before there is a job
+OF_THE_SCREEN = {
+    "log_json",
+    "dry_run",
+    "quiet",
+    "fit",
+    "bpw",
+    "swaps",
+}  # the last three become a scheme before there is a job
 
 
 def test_every_option_is_a_field_with_the_same_default() -> None:
