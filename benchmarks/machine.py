@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from r1q import __version__
+from r1q.core.processor import PROC, fields, instruction_sets, processor_fields
 from r1q.runtimes.cores import physical_cores
 
 # Instruction sets that the runtimes here have kernels for, in the spelling of /proc/cpuinfo: x86 flags, then ARM features.
@@ -44,10 +45,10 @@ class Machine:
     features: tuple[str, ...]
 
 
-def machine(proc: Path = Path("/proc")) -> Machine:
+def machine(proc: Path = PROC) -> Machine:
     """Return what this machine is."""
-    info = _cpuinfo(proc)
-    listed = set(f"{info.get('flags', '')} {info.get('Features', '')}".split())
+    info = processor_fields(proc)
+    listed = instruction_sets(info)
     return Machine(
         cpu=info.get("model name") or platform.processor() or platform.machine(),
         cores=physical_cores(),
@@ -79,23 +80,13 @@ def resident() -> tuple[int, int]:
 
     On Linux the peak is VmHWM, which begins with the program; getrusage's would begin with the parent's at the fork.
     """
-    status = _fields(_read(Path("/proc/self/status")))
+    status = fields(_read(PROC / "self/status"))
     if "VmHWM" in status:
         return 1024 * int(status["VmRSS"].split()[0]), 1024 * int(status["VmHWM"].split()[0])
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return psutil.Process().memory_info().rss, peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _cpuinfo(proc: Path) -> dict[str, str]:
-    """Return the first processor's fields."""
-    return _fields(_read(proc / "cpuinfo").split("\n\n")[0])
-
-
-def _fields(text: str) -> dict[str, str]:
-    pairs = (line.partition(":") for line in text.splitlines())
-    return {name.strip(): value.strip() for name, colon, value in pairs if colon}
 
 
 def _read(path: Path) -> str:

@@ -75,10 +75,10 @@ def distill(
       torchrun --nproc-per-node 2 -m r1q distill --to 0.5x -o student
     """
     from r1q.commands.distilling import Asked, asked_sizes, run_distillation
+    from r1q.core.freed_memory import return_freed_memory
     from r1q.distill.group import joined
     from r1q.distill.train import Plan
     from r1q.models.embedded import open_model
-    from r1q.plan.memory import return_freed_memory
 
     return_freed_memory()
     source = open_model(teacher, progress=not options["quiet"]).source

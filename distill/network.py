@@ -5,8 +5,7 @@ The formulas are those of `models/block.py`. Tensors go by Hugging Face's names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,17 +61,6 @@ def load_network(source: TensorReader, *, matrices: torch.dtype = torch.float32)
         values = torch.from_numpy(np.array(source.read_rows(spec.name, 0, spec.rows), dtype=np.float32))
         tensors[spec.name] = values.reshape(spec.shape).to(matrices if len(spec.shape) > 1 else torch.float32)
     return Network(config=source.config, specs=tuple(source.tensors), tensors=tensors)
-
-
-@contextmanager
-def computing_threads(count: int) -> Iterator[None]:
-    """Compute with `count` threads; what was set before comes back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def product_dtype() -> torch.dtype:

@@ -69,15 +69,15 @@ def healed_checkpoint(source: ModelSource, request: Request, output: OutputFolde
 def _heal(checkpoint: QuantizedCheckpoint, source: ModelSource, calibrated: Calibration, work: Path) -> Iterator[Event]:
     """Write the healed checkpoint into `work`, under the name of the other."""
     from r1q.distill.heal import Healed, heal_checkpoint
-    from r1q.distill.network import computing_threads
     from r1q.distill.text import WindowText
     from r1q.distill.train import Plan
+    from r1q.models.threads import torch_threads
 
     steps, length = calibrated.engine.heal, calibrated.tokens.shape[1]
     text = WindowText(calibrated.tokens, 0, calibrated.record)
     plan = Plan(steps=steps, rows=max(1, _TOKENS // length), lr=_RATE, every=-(-steps // _MEASURED), patience=_MEASURED)
     folder = work / checkpoint.path.name
-    with computing_threads(calibrated.engine.threads):
+    with torch_threads(calibrated.engine.threads):
         for found in heal_checkpoint(checkpoint, source, text, plan, folder, work, always=True):
             if isinstance(found, Healed):
                 yield Event(what="healed" if found.helped else "note", name=found.told)

@@ -26,7 +26,6 @@ from dataclasses import dataclass, replace
 import psutil
 
 from r1q.core.errors import ResourceError, UsageError
-from r1q.core.freed_memory import return_freed_memory as return_freed_memory
 from r1q.core.recipe import PlannedTensor
 from r1q.models.config import ModelConfig
 from r1q.plan.surroundings import memory_limit

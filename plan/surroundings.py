@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from r1q.core.processor import instruction_sets, processor_fields
 from r1q.runtimes.cores import physical_cores
 
 # Features that the runtimes have kernels for, as /proc/cpuinfo spells them; every avx512 and amx one is told besides.
@@ -42,8 +43,8 @@ class Surroundings:
 
 def look_around(folder: Path, *, sysfs: Path = Path("/sys"), proc: Path = Path("/proc")) -> Surroundings:
     """Return what this machine offers to this process; the disk is that of `folder`."""
-    info = _cpuinfo(proc)
-    listed = f"{info.get('flags', '')} {info.get('Features', '')}".split()
+    info = processor_fields(proc)
+    listed = instruction_sets(info)
     memory = psutil.virtual_memory()
     return Surroundings(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -95,12 +96,6 @@ def _limits(root: Path, proc: Path) -> Iterator[int]:
                     text = _text(place / name).strip()
                     if text.isdigit() and int(text) < _UNLIMITED:
                         yield int(text)
-
-
-def _cpuinfo(proc: Path) -> dict[str, str]:
-    """Return the first processor's fields."""
-    pairs = (line.partition(":") for line in _text(proc / "cpuinfo").split("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, colon, value in pairs if colon}
 
 
 def _text(path: Path) -> str:

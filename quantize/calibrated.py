@@ -34,7 +34,7 @@ from r1q.models.block_weights import BlockWeights
 from r1q.models.forward import RowReader, embed
 from r1q.models.rope import Rotation, rotation
 from r1q.quantize.block_coding import BlockCoding
-from r1q.quantize.computing import computing as computing
+from r1q.quantize.computing import computing, engine_dtype
 from r1q.quantize.crews import crew_of
 from r1q.quantize.engine import Engine
 from r1q.quantize.matrix import read_matrix
@@ -171,7 +171,7 @@ class Calibrated:
             exact=exact,
             coded=coding.weights(kept),
             coverage=Coverage(seen=self.engine.experts, few=self.engine.few),
-            dtype=getattr(torch, self.engine.compute),
+            dtype=engine_dtype(self.engine),
             windows=max(1, self.engine.tile // length),
             allocate=self._allocate,
         )

@@ -1,4 +1,4 @@
-"""How torch computes while a calibrated run is at work: with the engine's threads, without gradients."""
+"""How torch computes while a calibrated run is at work: with the engine's threads, in its dtype, without gradients."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from r1q.core.errors import MissingError
+from r1q.models.threads import torch_threads
 from r1q.quantize.engine import Engine
 
 
@@ -22,10 +23,11 @@ def computing(engine: Engine) -> Iterator[None]:
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
         raise MissingError(f"--device {engine.device}: torch cannot use it here ({why}); take cpu") from None
-    before = torch.get_num_threads()
-    torch.set_num_threads(engine.threads)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(engine.threads), torch.no_grad():
+        yield
+
+
+def engine_dtype(engine: Engine) -> torch.dtype:
+    """Return the dtype that the engine multiplies in."""
+    found: torch.dtype = getattr(torch, engine.compute)
+    return found

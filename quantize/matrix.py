@@ -16,6 +16,7 @@ from r1q.core.qtensor import Floats, QuantizedTensor
 from r1q.core.recipe import PlannedTensor
 from r1q.core.scheme import Scheme
 from r1q.core.tensors import TensorSpec
+from r1q.quantize.computing import engine_dtype
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq import gptq
 from r1q.quantize.gptq.factor import Factor, factorize, shrink
@@ -102,7 +103,7 @@ def code_rows(source: FloatSource, planned: PlannedTensor, fit: Fit, slab: slice
 
 def read_matrix(source: FloatSource, spec: TensorSpec, engine: Engine, dtype: torch.dtype | None = None) -> Tensor:
     """Return a float matrix, in the engine's dtype unless another is given, on its device."""
-    dtype = dtype or getattr(torch, engine.compute)
+    dtype = dtype or engine_dtype(engine)
     values = torch.empty(spec.shape, dtype=dtype, device=engine.device)
     for rows in _slices(0, spec.rows, SLAB_WEIGHTS // spec.columns):
         read = np.require(source.read_rows(spec.name, rows.start, rows.stop), requirements=["C", "W"])
@@ -113,7 +114,7 @@ def read_matrix(source: FloatSource, spec: TensorSpec, engine: Engine, dtype: to
 def coded_matrix(parts: Parts, planned: PlannedTensor, engine: Engine) -> Tensor:
     """Return the values [rows, columns] of a matrix that is in parts, in the engine's dtype and on its device."""
     spec, start = planned.spec, 0
-    values = torch.empty(spec.shape, dtype=getattr(torch, engine.compute), device=engine.device)
+    values = torch.empty(spec.shape, dtype=engine_dtype(engine), device=engine.device)
     for slab in parts.slabs(planned, row_slabs(spec, engine)):
         stop = start + len(slab.stored)
         values[start:stop] = torch.from_numpy(values_of(planned, slab)).to(values.dtype)

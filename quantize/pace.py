@@ -20,7 +20,7 @@ from r1q.core.scheme import Scheme
 from r1q.core.tensors import TensorSpec
 from r1q.models import fp8
 from r1q.models.config import ModelConfig
-from r1q.quantize.computing import computing
+from r1q.quantize.computing import computing, engine_dtype
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq import gptq
 from r1q.quantize.gptq.factor import factorize
@@ -61,7 +61,7 @@ def probe(engine: Engine, scheme: Scheme, dtype: str = "BF16") -> Pace:
     with computing(engine):
         inputs = torch.from_numpy(random.standard_normal((_TOKENS, _SIDE), dtype=np.float32))
         weights = random.standard_normal((_ROWS, _SIDE), dtype=np.float32)
-        narrow, wide = inputs.to(getattr(torch, engine.compute)), torch.from_numpy(weights)
+        narrow, wide = inputs.to(engine_dtype(engine)), torch.from_numpy(weights)
         matrix = wide.to(narrow.dtype)
         moment = torch.zeros(_SIDE, _SIDE)
         add_second_moment(moment, inputs, torch.float32)

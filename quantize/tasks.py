@@ -22,6 +22,7 @@ from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor
 from r1q.models.config import ModelConfig
 from r1q.models.forward import RowReader
+from r1q.quantize.computing import engine_dtype
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq.factor import Factor
 from r1q.quantize.matrix import Fit, code_rows, coded_matrix, fit_stage, read_matrix, row_slabs
@@ -58,12 +59,6 @@ class Site:
         """Return the site of a run of this process."""
         folder = folder.absolute()
         return cls(source=source, engine=engine, folder=folder, numbers=numbers(), job=job_hash(folder))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The engine's dtype."""
-        found: torch.dtype = getattr(torch, self.engine.compute)
-        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,13 +173,14 @@ class ExpertTask:
 def code_expert(site: Site, layer: int, planned: Sequence[PlannedTensor], lesson: Lesson) -> None:
     """Write the parts of an expert's gate, up and down, but those that are there; the last one's with Σx² of what down reads."""
     parts, engine, first = Parts.of(site.folder, layer), site.engine, planned[:2]
+    dtype = engine_dtype(engine)
     if not all(is_coded(parts, one, engine) for one in first):
-        _code_stage(site, layer, first_stage(lesson, site.dtype), first, None)
+        _code_stage(site, layer, first_stage(lesson, dtype), first, None)
     coded = {one.spec.key: coded_matrix(parts, one, engine) for one in first}
     exact = {}
     if lesson.exact is not None:
         exact = {one.spec.key: read_matrix(site.source, one.spec, engine) for one in planned}
-    stage, squares = second_stage(lesson, coded, exact, site.dtype)
+    stage, squares = second_stage(lesson, coded, exact, dtype)
     del coded, exact  # coding needs the room
     _code_stage(site, layer, stage, planned[2:], squares.cpu().numpy())
 

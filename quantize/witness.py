@@ -11,6 +11,7 @@ import torch
 from r1q.core.checkpoint import JOB
 from r1q.core.errors import MissingError
 from r1q.core.files import sha256_file
+from r1q.core.processor import instruction_sets, processor_fields
 
 _PACKAGES = ("torch", "numpy", "numba")
 # Instruction sets that products and sums differ by, as the system names them.
@@ -19,12 +20,8 @@ _SETS = ("amx_bf16", "avx512_bf16", "bf16", "avx512f", "avx2", "fma", "asimd", "
 
 def numbers() -> str:
     """Return all that decides the last bits of what this machine computes, in a line."""
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
-    except OSError:
-        info = ""
-    flags = {word for line in info.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
-    sets = [name for name in _SETS if name in flags]
+    found = instruction_sets(processor_fields())
+    sets = [name for name in _SETS if name in found]
     return ", ".join((platform.machine(), torch.backends.cpu.get_cpu_capability(), *sets, *map(_told, _PACKAGES)))
 
 

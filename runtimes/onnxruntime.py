@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r1q.core.errors import MissingError, ResourceError, UsageError
+from r1q.core.freed_memory import trim_freed_memory
 from r1q.core.onnx_file import OnnxFolder
 from r1q.models.tokenizer import Tokenizer
 from r1q.runtimes.base import Floats, Options, check_sequences, check_tokens, choose_context
 from r1q.runtimes.cores import physical_cores
 from r1q.runtimes.huge_pages import on_huge_pages
 from r1q.runtimes.onnx_decoder import OnnxDecoder, check_options, read_decoder, scoring_graph
-from r1q.runtimes.ort import errors, failed, load_onnxruntime, refused, return_freed_memory
+from r1q.runtimes.ort import errors, failed, load_onnxruntime, refused
 
 ort = load_onnxruntime()
 ERRORS = errors()
@@ -80,7 +81,7 @@ class OnnxSession:
         self._tokenizer = tokenizer
         self._decoder = decoder
         self._held = [0] * self.sequences
-        return_freed_memory()
+        trim_freed_memory()
         started = time.perf_counter()
         self._cache = _Cache(decoder, self.sequences, self.context, self.device)
         self._graph: _Graph | None = _Graph(decoder, decoder.main, self.threads, self.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 from typing import Any
@@ -41,14 +40,6 @@ def load_genai() -> Any:
         raise MissingError(f"onnxruntime-genai is installed but does not load: {error}") from error
     onnxruntime_genai.disable_telemetry_events()
     return onnxruntime_genai
-
-
-def return_freed_memory() -> None:
-    """Give the system back what has been freed, which glibc keeps: 15 MB behind a tokenizer of 3.5 MB, before weights are loaded."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):
-        return  # not glibc
 
 
 def errors() -> tuple[type[Exception], ...]:

@@ -25,6 +25,7 @@ from r1q.models.decoder import Cache, Decoder
 from r1q.models.forward import Configured, TensorReader
 from r1q.models.gptq_source import GptqSource, is_gptq
 from r1q.models.source import ModelSource
+from r1q.models.threads import torch_threads
 from r1q.models.tokenizer import Tokenizer
 from r1q.runtimes.base import Compute, Floats, Options, check_sequences, check_tokens, choose_context
 from r1q.runtimes.cores import physical_cores
@@ -184,14 +185,10 @@ class TorchSession:
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
         """Compute with this session's threads and kind of attention; torch's own setting, the process's, is put back."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
         plain = sdpa_kernel([SDPBackend.MATH]) if self._plain_attention else contextlib.nullcontext()
-        try:
-            with plain, _within_memory(f"not enough memory for {self.sequences} × {self.context} tokens", self._kind):
-                yield
-        finally:
-            torch.set_num_threads(before)
+        told = f"not enough memory for {self.sequences} × {self.context} tokens"
+        with torch_threads(self.threads), plain, _within_memory(told, self._kind):
+            yield
 
     def __enter__(self) -> Self:
         return self
