@@ -50,6 +50,15 @@ _TEXT = (
 )
 
 
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """Let torch compute with one thread: small products are no faster on more, and much slower on a busy machine."""
+    from r1q.models.threads import torch_threads
+
+    with torch_threads(1):
+        yield
+
+
 @pytest.fixture(scope="session")
 def write_gguf() -> WriteGguf:
     """Return the writer of small GGUF files in tests/tiny_gguf.py; it shares no code with our exporter."""

@@ -43,13 +43,7 @@ BEHIND = {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": "afte
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def one_core() -> Iterator[None]:
-    """Small products are no faster on more, and much slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 def some_tokens() -> NDArray[np.int64]:

@@ -35,12 +35,7 @@ ENGINE = Engine(effort="default", threads=1, isa="here", compute="float32", tile
 FAMILIES = ("deepseek_v3", "qwen3_moe")
 
 
-@pytest.fixture(autouse=True)
-def one_core() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture(scope="module")

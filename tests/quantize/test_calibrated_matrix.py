@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -32,12 +32,7 @@ ENGINE = Engine(effort="default", threads=1, isa="here", compute="float32")
 Q8 = Scheme(grid="q8_0")
 
 
-@pytest.fixture(autouse=True)
-def one_core() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @dataclasses.dataclass(frozen=True)

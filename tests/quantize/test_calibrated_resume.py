@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from r1q.core.checkpoint import JOURNAL, MANIFEST, QuantizedCheckpoint
 from r1q.core.errors import UsageError
@@ -28,12 +27,7 @@ ENGINE = Engine(effort="default", threads=1, isa="here", compute="float32", tile
 FILES = ["embedding", "block-00000", "block-00001", "block-00002", "head"]
 
 
-@pytest.fixture(autouse=True)
-def one_core() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture
@@ -114,6 +108,7 @@ def test_a_run_killed_in_every_block_ends_in_the_same_bytes(model: Path, tmp_pat
 # One process that imports everything, and forks a child for each run: importing takes longer than running.
 SCRIPT = """
 import os, random, runpy, signal, sys, time
+import torch
 from pathlib import Path
 test = runpy.run_path(sys.argv[1])
 model, folder, kills = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
@@ -123,7 +118,7 @@ def child(path):
     if process == 0:
         code = 1
         try:
-            test["torch"].set_num_threads(1)
+            torch.set_num_threads(1)
             for _ in test["start"](model, path):
                 pass
             code = 0

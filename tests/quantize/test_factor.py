@@ -1,7 +1,5 @@
 """The factor against numpy in float64: H = R·D·Rᵀ, panels, solving, damping, dead columns, and what cannot be factored."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -14,13 +12,7 @@ Doubles = NDArray[np.float64]
 UNIT = 2.0**-24  # of rounding in float32
 
 
-@pytest.fixture(autouse=True)
-def one_core() -> Iterator[None]:
-    """Small products are no faster on more, and much slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 def second_moments(columns: int, seed: int = 0) -> Doubles:

@@ -8,7 +8,6 @@ near but for that rounding it may take the other one. `Tied` derives how near, a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from functools import cache, cached_property
 from typing import Any
 
@@ -32,13 +31,7 @@ UNIT = 2.0**-24  # of rounding in float32
 ROWS = 41  # a batch of thirty-two and a part of one
 
 
-@pytest.fixture(autouse=True)
-def one_core() -> Iterator[None]:
-    """Small products are no faster on more, and much slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from r1q.core import files
 from r1q.core.checkpoint import JOURNAL
@@ -23,12 +22,7 @@ from r1q.quantize.run import Calibration, Event, Request, quantize_checkpoint
 ENGINE = Engine(effort="default", threads=1, isa="here", compute="float32", tile=32, few=16)
 
 
-@pytest.fixture(autouse=True)
-def one_core() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture(scope="module")

@@ -37,12 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINE = Engine(effort="default", threads=1, isa="here", compute="float32", tile=32, few=40)
 
 
-@pytest.fixture(autouse=True)
-def one_core() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +196,11 @@ def test_errors_of_workers_are_ours_and_name_the_tensor(
 
 
 SCRIPT = """
-import runpy, sys
+import runpy, sys, torch
 from pathlib import Path
 if __name__ == "__main__":
     test = runpy.run_path(sys.argv[1])
-    test["torch"].set_num_threads(1)
+    torch.set_num_threads(1)
     for event in test["start"](Path(sys.argv[2]), Path(sys.argv[3]), "2"):
         print(event.name, flush=True)
 """
