@@ -51,13 +51,13 @@ METHOD = (
     click.Option(
         ["--effort"],
         type=click.Choice(["fast", "default", "high"]),
-        help="Calibrate: fast (GPTQ), default (and make good what earlier layers shifted), high (and refine every layer, and heal).",
+        help="Calibrate: fast (GPTQ), default (and make good what earlier layers shifted), high (and refine every layer).",
     ),
     click.Option(
         ["--heal"],
         type=click.IntRange(min=0),
         metavar="STEPS",
-        help="Then train scales and norms, codes untouched, on what the float model predicts.  [default: 40 with --effort high]",
+        help="Then train scales and norms, codes untouched, on what the float model predicts.",
     ),
     click.Option(
         ["--calibration"],

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 _LADDER = (*_BFLOAT16, "avx512f", "avx2", "asimd")
 _PASSES: Mapping[Effort, int] = MappingProxyType({"fast": 0, "default": 0, "high": 4})
-HEAL: Mapping[Effort, int] = MappingProxyType({"fast": 0, "default": 0, "high": 40})
 
 
 def choose_engine(job: Job, checkpoint: Path) -> tuple[Engine, bool]:
@@ -49,13 +48,12 @@ def choose_engine(job: Job, checkpoint: Path) -> tuple[Engine, bool]:
         device=job.device,
         damp=job.damp,
         passes=_PASSES[effort],
-        heal=HEAL[effort] if job.heal is None else job.heal,
+        heal=job.heal or 0,
         experts=job.moe_calibration,
     )
     if begun is None:
         return engine, False
-    left_out = job.heal is None and not begun.heal  # there was no memory for it, then
-    return replace(engine, tile=begun.tile, slab=begun.slab, heal=0 if left_out else engine.heal), True
+    return replace(engine, tile=begun.tile, slab=begun.slab), True
 
 
 def _threads(job: Job) -> int:

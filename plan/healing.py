@@ -12,9 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from r1q.core import journal
 from r1q.core.artifact import OutputFolder
@@ -23,13 +21,9 @@ from r1q.core.errors import ResourceError, UsageError
 from r1q.core.files import writing
 from r1q.core.recipe import PlannedTensor
 from r1q.models.source import ModelSource
-from r1q.plan.effort import HEAL
 from r1q.plan.memory import PROGRAM, Workload
 from r1q.quantize.engine import Engine
 from r1q.quantize.run import Calibration, Event, Request, quantize_checkpoint
-
-if TYPE_CHECKING:
-    from r1q.plan.job import Job
 
 WORK = "healing"
 _TOKENS, _MEASURED, _RATE = 512, 8, 1e-4
@@ -108,33 +102,18 @@ def _is_healed(folder: Path) -> bool:
     return "healing" in _stored_job(folder)
 
 
-def fit_healing(job: Job, work: Workload, engine: Engine, limit: int, *, begun: bool) -> Engine:
-    """Return `engine`, without healing where `--effort` alone asks for it and this model, or `limit` bytes, cannot have it.
-
-    Raises `UsageError` or `ResourceError` where `--heal` asks for it, or a run that was begun.
-    """
+def refuse_healing(work: Workload, engine: Engine, limit: int) -> None:
+    """Raise `UsageError` where this model cannot be healed as `engine` has it, `ResourceError` where `limit` bytes are too few."""
     if not engine.heal:
-        return engine
-    why, need = _unhealable(work), sum(healing_parts(work, engine.compute).values())
-    if not why and need <= limit:
-        return engine
-    if not job.heal and not begun:
-        return replace(engine, heal=0)
-    if why:
+        return
+    if why := _unhealable(work):
         raise UsageError(f"--heal: {why}")
-    raise ResourceError(
-        f"healing needs about {need / 1e6:.0f} MB and may take {limit / 1e6:.0f} MB: the quantized model is in memory whole; "
-        "raise --max-ram, free memory, or give --heal 0"
-    )
-
-
-def left_unhealed(job: Job, work: Workload, engine: Engine) -> tuple[str, ...]:
-    """Return the event of a run whose `--effort` has healing, and that is not healed; none for another."""
-    wanted = HEAL.get(engine.effort, 0)
-    if engine.heal or job.heal is not None or not wanted:
-        return ()
     need = sum(healing_parts(work, engine.compute).values())
-    return (f"not healed: {_unhealable(work) or f'it takes about {need / 1e6:.0f} MB of memory, more than there was'}",)
+    if need > limit:
+        raise ResourceError(
+            f"healing needs about {need / 1e6:.0f} MB and may take {limit / 1e6:.0f} MB: the quantized model is in memory whole; "
+            "raise --max-ram, free memory, or leave --heal out"
+        )
 
 
 def _unhealable(work: Workload) -> str:

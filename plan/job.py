@@ -13,7 +13,7 @@ from r1q.models.embedded import OpenedModel, open_model
 from r1q.plan.activations import ActivationText
 from r1q.plan.choose import W8A8, Choice, Wish, choose_recipe
 from r1q.plan.effort import choose_engine, workers_beside
-from r1q.plan.healing import fit_healing, left_unhealed
+from r1q.plan.healing import refuse_healing
 from r1q.plan.kv_cache import CacheText, cache_text
 from r1q.plan.memory import Workload, ceiling, fit_engine, memory_parts, rounding_parts, short_of
 from r1q.plan.plan import Plan, make_plan
@@ -185,8 +185,7 @@ def _calibration(opened: OpenedJob, plan: Plan) -> Calibration:
         job.calibration or "builtin", Tokenizer.open(opened.model.source.path), samples=job.samples, length=job.seq_len
     )
     engine = planned_engine(opened, plan, len(windows.tokens))
-    missed = () if engine.heal else left_unhealed(job, workload(opened, plan, len(windows.tokens)), engine)
-    return Calibration(tokens=windows.tokens, record=windows.record, engine=engine, workers=job.workers, notes=missed)
+    return Calibration(tokens=windows.tokens, record=windows.record, engine=engine, workers=job.workers)
 
 
 def workload(opened: OpenedJob, plan: Plan, windows: int | None = None) -> Workload:
@@ -217,7 +216,8 @@ def planned_engine(opened: OpenedJob, plan: Plan, windows: int | None = None) ->
             f"the run in {job_folder(job, plan)} was begun with tiles and slabs that need about {need} bytes of memory, and may take "
             f"{limit}; others would change its last bits: give it a larger --max-ram, or choose another -o"
         )
-    return fit_healing(job, work, fitted, limit, begun=begun)
+    refuse_healing(work, fitted, limit)
+    return fitted
 
 
 def newest_or_embedded() -> Path:

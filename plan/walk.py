@@ -59,8 +59,7 @@ def quantize_model(
         plan.check_disk(output.path, more=HEALING_COPIES * plan.bytes if healed else 0)
         _refuse_unexportable(model.source.path, plan.formats)
     source: ModelSource | BalancedSource = model.source
-    notes: list[str] = [] if calibrated is None else list(calibrated.notes)
-    yield from (Event(what="note", name=note) for note in notes)
+    notes: list[str] = []
     for found in () if activations is None else balanced_source(model.source, output, activations):
         if isinstance(found, Event):
             notes += [found.name] if found.what == "note" else []

@@ -21,7 +21,7 @@ class Engine:
     """How a calibrated run computes.
 
     `effort`: `fast` fits each layer to the coded model's own inputs; `default` also makes good what earlier layers have shifted, with
-    the float model running beside; `high` refines and heals too. `passes`: how often a coded matrix is refined as a whole. `damp`:
+    the float model running beside; `high` refines too. `passes`: how often a coded matrix is refined as a whole. `damp`:
     share of the mean diagonal added to second moments. `pull`: share of the least-squares shift that is taken (all of it overfits the
     calibration text). `compute`: dtype of matrix products. `tile`: tokens summed at once. `slab`: weights of a matrix coded at once.
     `threads` and `isa`: cores and instruction set. `experts`: which tokens routed experts are calibrated on (their own, all, or their

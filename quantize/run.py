@@ -61,14 +61,13 @@ Finished = MutableMapping[str, journal.FinishedFile]
 class Calibration:
     """What a calibrated run sees and how it computes: token ids [windows, length], what the manifest says of them, the engine.
 
-    `workers` says who codes (`crews.parse_workers`); it decides no byte. `notes` are events of the manifest.
+    `workers` says who codes (`crews.parse_workers`); it decides no byte.
     """
 
     tokens: NDArray[np.int64]
     record: Mapping[str, object]
     engine: Engine
     workers: str = "1"
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,6 @@ from r1q.core.recipe import Recipe
 from r1q.core.untrusted import printable
 from r1q.models.embedded import NAME as EMBEDDED_NAME
 from r1q.plan.choose import W8A8
-from r1q.plan.effort import HEAL
 
 RECIPE = "recipe.toml"
 _USUAL = {"--device": "cpu", "--moe-calibration": "routed"}  # the command's own defaults, left out
@@ -83,11 +82,8 @@ def _model(checkpoint: QuantizedCheckpoint) -> list[str]:
 
 def _engine_options(engine: Mapping[str, object]) -> list[str]:
     """Return the options of how a calibrated run computes; threads too, for sums are taken in their order."""
-    given = {f"--{name}": engine.get(name) for name in ("effort", "damp", "threads")}
+    given = {f"--{name}": engine.get(name) for name in ("effort", "heal", "damp", "threads")}
     given |= {"--device": engine.get("device"), "--moe-calibration": engine.get("experts")}
-    usual = next((steps for effort, steps in HEAL.items() if effort == engine.get("effort")), 0)
-    healed = engine.get("heal", 0)  # 0 is not written down
-    given["--heal"] = None if healed == usual else healed
     return [
         word
         for name, value in given.items()

@@ -1,6 +1,5 @@
 """Healing inside of a job: the codes that the job had without it, the same bytes after a kill anywhere, memory said and kept to."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r1q.core.artifact import OutputFolder
 from r1q.core.checkpoint import JOURNAL, MANIFEST, QuantizedCheckpoint
 from r1q.core.errors import CheckError, ResourceError, UsageError
 from r1q.core.metrics import score
 from r1q.models.forward import Configured, TensorReader, logits
 from r1q.models.source import ModelSource
 from r1q.models.tokenizer import Tokenizer
-from r1q.plan.healing import WORK, fit_healing, healing_parts, left_unhealed
+from r1q.plan.healing import WORK, healing_parts, refuse_healing
 from r1q.plan.job import Job, open_job, plan_job, planned_engine, run_job, workload
 from r1q.plan.outlook import outlook
 from r1q.plan.walk import Exported
@@ -143,26 +141,19 @@ def test_what_does_not_help_leaves_the_codes_as_they_were_and_says_so(
         list(_started(strict))
 
 
-def test_high_heals_where_there_is_memory_and_says_where_there_is_none(asked: Job) -> None:
-    high = replace(asked, effort="high", heal=None)
-    opened = open_job(high)
+def test_healing_is_refused_where_there_is_no_memory_or_no_text_for_it(asked: Job) -> None:
+    opened = open_job(asked)
     plan = plan_job(opened)
     work, engine = workload(opened, plan), planned_engine(opened, plan)
-    assert engine.heal > 0
+    assert engine.heal == asked.heal
     need = sum(healing_parts(work, engine.compute).values())
-    assert fit_healing(high, work, engine, need, begun=False) == engine
-    little = fit_healing(high, work, engine, need - 1, begun=False)
-    assert little.heal == 0
-    assert left_unhealed(high, work, engine) == ()
-    assert f"about {need / 1e6:.0f} MB" in left_unhealed(high, work, little)[0]
-    assert left_unhealed(replace(high, heal=0), work, little) == ()
-    for job, begun in ((replace(high, heal=5), False), (high, True)):
-        with pytest.raises(ResourceError, match=f"about {need / 1e6:.0f} MB"):
-            fit_healing(job, work, engine, need - 1, begun=begun)
+    refuse_healing(work, engine, need)
+    with pytest.raises(ResourceError, match=f"about {need / 1e6:.0f} MB"):
+        refuse_healing(work, engine, need - 1)
     one = replace(work, windows=1)
-    assert "one window" in left_unhealed(high, one, fit_healing(high, one, engine, need, begun=False))[0]
     with pytest.raises(UsageError, match="one window"):
-        fit_healing(replace(high, heal=5), one, engine, need, begun=False)
+        refuse_healing(one, engine, need)
+    refuse_healing(one, replace(engine, heal=0), 0)
 
 
 def test_a_plan_counts_healing_in_memory_and_on_the_disk(asked: Job) -> None:
@@ -177,19 +168,3 @@ def test_a_plan_counts_healing_in_memory_and_on_the_disk(asked: Job) -> None:
 def test_what_has_no_calibrated_scales_is_not_healed(asked: Job, options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="--heal trains scales"):
         plan_job(open_job(replace(asked, **options)))  # type: ignore[arg-type]
-
-
-def test_a_killed_run_keeps_the_healing_it_began_with(asked: Job) -> None:
-    high = replace(asked, effort="high", heal=None, max_ram="500MB")
-    run = _started(high)
-    first = next(run)
-    assert isinstance(first, Event)
-    assert "not healed" in first.name
-    while not (OutputFolder(Path(str(high.output))).checkpoint / "job.json").is_file():
-        next(run)
-    run.close()  # type: ignore[attr-defined]
-    roomy = replace(high, max_ram=None)
-    opened = open_job(roomy)
-    assert planned_engine(opened, plan_job(opened)).heal == 0
-    job = json.loads((Path(str(high.output)) / "checkpoint" / "job.json").read_bytes())
-    assert "heal" not in job["engine"]
