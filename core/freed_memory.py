@@ -10,8 +10,9 @@ _MALLOC_THRESHOLD = (-3, 1 << 20)
 def return_freed_memory() -> None:
     """Make this process give large arrays back to the system when they are freed, instead of keeping room for more.
 
-    glibc keeps arrays of up to 32 MB for later, in pieces that fit no other; a fixed bound costs no time that was seen, and 15 % less
-    memory. For the process of a command, and its workers: a program that calls the library decides for itself.
+    glibc keeps arrays of up to 32 MB for later, in pieces that fit no other: 15 % more memory. The price is that larger arrays than a
+    megabyte come fresh from the system, page by page: what is done to all weights is done in smaller pieces (`quantize/storing.py`).
+    For the process of a command, and its workers: a program that calls the library decides for itself.
     """
     _tell("mallopt", *_MALLOC_THRESHOLD)
 

@@ -48,7 +48,7 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
         if timed:
             from r1q.quantize import pace
 
-            main = pace.main_scheme(plan.tensors)
+            main = pace.main_schemes(plan.tensors)
             if main is not None:
                 found = pace.probe(engine, *main)
                 seconds = pace.seconds(config, plan.tensors, engine, tokens, found)

@@ -15,7 +15,8 @@ from r1q.core.recipe import PlannedTensor
 from r1q.models import moe
 from r1q.quantize.matrix import coded_matrix, fit_stage, row_slabs
 from r1q.quantize.parts import Parts
-from r1q.quantize.run import Event, Slab, Store
+from r1q.quantize.run import Event, Store
+from r1q.quantize.storing import Slab
 from r1q.quantize.tasks import ExpertTask, RowsTask, Site, code_expert, fit_arrays, is_coded
 from r1q.quantize.workers import Crew, Task, lending
 

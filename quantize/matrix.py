@@ -11,7 +11,6 @@ from torch import Tensor
 
 from r1q.calibration.stages import Stage
 from r1q.core.errors import InputError
-from r1q.core.grids import Bytes, bytes_to_floats, float_bytes, pack
 from r1q.core.qtensor import Floats, QuantizedTensor
 from r1q.core.recipe import PlannedTensor
 from r1q.core.scheme import Scheme
@@ -23,12 +22,12 @@ from r1q.quantize.gptq.factor import Factor, factorize, shrink
 from r1q.quantize.parts import Parts, values_of
 from r1q.quantize.refine import refine
 from r1q.quantize.rtn import rtn
-from r1q.quantize.run import SLAB_WEIGHTS, Slab, refuse_unfit
-from r1q.quantize.source import FloatSource, sum_of_squares
+from r1q.quantize.run import SLAB_WEIGHTS, refuse_unfit
+from r1q.quantize.source import FloatSource
+from r1q.quantize.storing import Slab, some_rows, store_rows
 
 # What is done to a slab besides coding takes this many weights at a time; the first of them decides last bits.
 PART_WEIGHTS = 1 << 22
-STORED_WEIGHTS = 1 << 20
 # Grids that look at no statistics: nothing is lost where there are none.
 _EIGHT_BITS = tuple(Scheme(grid=grid) for grid in ("q8_0", "f32", "f16", "bf16"))
 
@@ -90,13 +89,8 @@ def code_rows(source: FloatSource, planned: PlannedTensor, fit: Fit, slab: slice
     """
     spec, scheme = planned.spec, planned.scheme
     weights = np.ascontiguousarray(source.read_rows(spec.name, slab.start, slab.stop)).reshape(-1, spec.columns)
-    found = []
     with np.errstate(over="ignore", invalid="ignore"):  # a scale beyond float16 shows in the error
-        coded = _code(weights, scheme, fit, slab, engine)
-        for rows in _slices(0, len(weights), STORED_WEIGHTS // spec.columns):
-            stored, values = _store(weights[rows], coded, scheme, rows)
-            error, weight = sum_of_squares(values - weights[rows]), sum_of_squares(weights[rows])
-            found.append(Slab(stored=stored, squared_error=error, squared_weight=weight))
+        found = store_rows(weights, _code(weights, scheme, fit, slab, engine), scheme)
     refuse_unfit(planned, sum(piece.squared_error for piece in found))  # before what reads its results is blamed
     return found
 
@@ -143,24 +137,10 @@ def _code(weights: Floats, scheme: Scheme, fit: Fit, rows: slice, engine: Engine
 def _refine(coded: QuantizedTensor, wanted: Floats, factor: Factor, engine: Engine) -> None:
     """Refine what was coded, in place, some rows at a time."""
     for rows in _slices(0, len(wanted), PART_WEIGHTS // wanted.shape[1]):
-        better = refine(_part(coded, rows), wanted[rows], factor, passes=engine.passes, threads=engine.threads)
+        better = refine(some_rows(coded, rows), wanted[rows], factor, passes=engine.passes, threads=engine.threads)
         coded.codes[rows] = better.codes
         for name, array in coded.params.items():
             array[rows] = better.params[name]
-
-
-def _part(coded: QuantizedTensor, rows: slice) -> QuantizedTensor:
-    params = {name: array[rows] for name, array in coded.params.items()}
-    return QuantizedTensor(scheme=coded.scheme, codes=coded.codes[rows], params=params)
-
-
-def _store(weights: Floats, coded: QuantizedTensor | None, scheme: Scheme, rows: slice) -> tuple[Bytes, Floats]:
-    """Return the stored bytes of some `rows` of what was coded, and the values they stand for."""
-    if coded is None:
-        stored = float_bytes(scheme.grid, weights)
-        return stored, bytes_to_floats(scheme.grid, stored).reshape(weights.shape)
-    part = _part(coded, rows)
-    return pack(scheme, part.codes, part.params), part.dequantize()
 
 
 def _moved(weights: Floats, fit: Fit, rows: slice, engine: Engine) -> Floats:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from r1q.calibration.moments import add_second_moment
+from r1q.core.grids import unpack
 from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor
 from r1q.core.scheme import Scheme
@@ -23,15 +25,17 @@ from r1q.models.config import ModelConfig
 from r1q.quantize.computing import computing, engine_dtype
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq import gptq
-from r1q.quantize.gptq.factor import factorize
+from r1q.quantize.gptq.factor import Factor, factorize
 from r1q.quantize.refine import refine
 from r1q.quantize.rtn import rtn
+from r1q.quantize.storing import store_rows
 
-_SIDE, _TOKENS, _ROWS = 1024, 2048, 512
-_SECONDS = 1.0
+_SIDE, _TOKENS, _ROWS = 1024, 2048, 4096
+_SECONDS = 0.5
 _BLOCK = (128, 128)
 _SPREAD = 0.5
-_HANDLED = 6  # times that reading takes, for all that is done to a weight besides coding (profiled on an expert of R1)
+_HASHED = 6  # times that a stored byte is: in its part, at each of the part's readings, of its tensor, of its file
+_SHARE, _MOST = 0.02, 4  # a grid that fewer weights have is not probed, nor more grids than this
 _PLAIN = ("attn_k_b",)  # kinds that are rounded without second moments
 # The first of every group of layers that read the same.
 _FIRST = (
@@ -41,22 +45,39 @@ _FIRST = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """Multiply-adds a second in the engine's dtype and in float32; weights a second coded, rounded, refined (one pass) and read.
+class GridPace:
+    """Of one grid, weights a second: coded by GPTQ, rounded, refined once, stored with their error, made of what is stored."""
 
-    Reading is making float32 of what is stored; the disk is not asked.
+    coded: float
+    rounded: float
+    refined: float
+    stored: float
+    restored: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """Multiply-adds a second in the engine's dtype and in float32, weights read, bytes hashed; and by grid.
+
+    Reading is making float32 of what the model stores; the disk is not asked.
     """
 
     products: float
     exact_products: float
-    coded: float
-    rounded: float
-    refined: float
     read: float
+    hashed: float
+    grids: Mapping[Scheme, GridPace]
+
+    def of(self, scheme: Scheme) -> GridPace:
+        """Return the pace of a grid, or, where it was not measured, of the first that was."""
+        return self.grids.get(scheme) or next(iter(self.grids.values()))
 
 
-def probe(engine: Engine, scheme: Scheme, dtype: str = "BF16") -> Pace:
-    """Measure for about seven seconds, after kernels are compiled; `dtype` is what weights are stored in. No weight is read."""
+def probe(engine: Engine, schemes: Sequence[Scheme], dtype: str = "BF16") -> Pace:
+    """Measure for two seconds, and three for each of `schemes`, after kernels are compiled; `dtype` is what weights are stored in.
+
+    No weight is read: what is coded is noise, in arrays too large for a processor's caches, as a model's are.
+    """
     random = np.random.default_rng(0)
     with computing(engine):
         inputs = torch.from_numpy(random.standard_normal((_TOKENS, _SIDE), dtype=np.float32))
@@ -68,19 +89,35 @@ def probe(engine: Engine, scheme: Scheme, dtype: str = "BF16") -> Pace:
         factor = factorize(moment, keep=True)
         if factor is None:
             raise ValueError("second moments of noise are positive definite")
-        coded = gptq(weights, factor, scheme, threads=engine.threads)
-        importance = random.gamma(1.0, size=_SIDE).astype(np.float32)
         codes = random.integers(0, 120, (_ROWS, _SIDE)).astype(np.uint8 if dtype == fp8.DTYPE else np.uint16)
         scales = np.ones((_ROWS // _BLOCK[0], _SIDE // _BLOCK[1]), np.float32)
         work = _TOKENS * _ROWS * _SIDE
         return Pace(
             products=_rate(lambda: narrow @ matrix.T, work),
             exact_products=_rate(lambda: inputs @ wide.T, work),
-            coded=_rate(lambda: gptq(weights, factor, scheme, threads=engine.threads), weights.size),
-            rounded=_rate(lambda: rtn(weights, scheme, importance), weights.size),
-            refined=_rate(lambda: refine(coded, weights, factor, passes=1, threads=engine.threads), weights.size),
             read=_rate(lambda: _widened(codes, scales), weights.size),
+            hashed=_rate(lambda: hashlib.sha256(codes.data).digest(), codes.nbytes),
+            grids={scheme: _grid_pace(engine, scheme, weights, factor) for scheme in schemes},
         )
+
+
+def _grid_pace(engine: Engine, scheme: Scheme, weights: Floats, factor: Factor) -> GridPace:
+    importance = np.random.default_rng(0).gamma(1.0, size=weights.shape[1:]).astype(np.float32)
+    coded = gptq(weights, factor, scheme, threads=engine.threads)
+    slabs = store_rows(weights, coded, scheme)
+
+    def restored() -> None:
+        for slab in slabs:
+            values = unpack(scheme, slab.stored, weights.shape[1]).dequantize()
+            torch.from_numpy(values).to(engine_dtype(engine))
+
+    return GridPace(
+        coded=_rate(lambda: gptq(weights, factor, scheme, threads=engine.threads), weights.size),
+        rounded=_rate(lambda: rtn(weights, scheme, importance), weights.size),
+        refined=_rate(lambda: refine(coded, weights, factor, passes=1, threads=engine.threads), weights.size),
+        stored=_rate(lambda: store_rows(weights, coded, scheme), weights.size),
+        restored=_rate(restored, weights.size),
+    )
 
 
 def _widened(codes: NDArray[Any], scales: Floats) -> Floats:
@@ -91,13 +128,18 @@ def _widened(codes: NDArray[Any], scales: Floats) -> Floats:
     return wide
 
 
-def main_scheme(tensors: Sequence[PlannedTensor]) -> tuple[Scheme, str] | None:
-    """Return the grid that most weights of the blocks are coded in, and the dtype they are stored in; None where nothing is coded."""
-    sizes: Counter[tuple[Scheme, str]] = Counter()
+def main_schemes(tensors: Sequence[PlannedTensor]) -> tuple[list[Scheme], str] | None:
+    """Return the grids that most weights of the blocks are coded in, and the dtype most are stored in; None where nothing is coded."""
+    sizes: Counter[Scheme] = Counter()
+    dtypes: Counter[str] = Counter()
     for tensor in tensors:
         if tensor.spec.layer is not None and tensor.spec.is_matrix and tensor.scheme.facts.family != "float":
-            sizes[tensor.scheme, tensor.spec.dtype] += tensor.spec.size
-    return max(sizes, key=lambda key: sizes[key]) if sizes else None
+            sizes[tensor.scheme] += tensor.spec.size
+            dtypes[tensor.spec.dtype] += tensor.spec.size
+    if not sizes:
+        return None
+    found = [scheme for scheme, size in sizes.most_common(_MOST) if size >= _SHARE * sizes.total()]
+    return found, dtypes.most_common(1)[0][0]
 
 
 def seconds(config: ModelConfig, tensors: Sequence[PlannedTensor], engine: Engine, tokens: int, pace: Pace) -> float:
@@ -117,11 +159,7 @@ def seconds(config: ModelConfig, tensors: Sequence[PlannedTensor], engine: Engin
         feedback += 2 * feedback
     # K³/6 multiply-adds of a factorisation, at half the pace of a product.
     products = forward / pace.products + (cubes / 3 + feedback / 2 * (1 + engine.passes)) / pace.exact_products
-    weights = sum(part.spec.size for part in parts)
-    fitted = sum(part.fitted * part.spec.size for part in parts)
-    coding = fitted / pace.coded + (weights - fitted) / pace.rounded + engine.passes * fitted / pace.refined
-    # Read, packed, unpacked for its error, written, read again for the forward pass and for the block's file.
-    return products + coding + (_HANDLED + engine.exact_stream) * weights / pace.read
+    return products + sum(part.coding(pace, engine) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +167,7 @@ class _Part:
     """A matrix: the shares of all tokens `sent` through it and `seen` for its statistics, and the chance that it is `fitted`."""
 
     spec: TensorSpec
+    scheme: Scheme
     sent: float
     seen: float
     fitted: float
@@ -137,15 +176,22 @@ class _Part:
     def of(cls, config: ModelConfig, tensor: PlannedTensor, engine: Engine, tokens: int) -> _Part:
         spec, experts = tensor.spec, config.experts
         if tensor.scheme.facts.family == "float" or spec.kind in _PLAIN:
-            return cls(spec, 1.0, 0.0, 0.0)
+            return cls(spec, tensor.scheme, 1.0, 0.0, 0.0)
         if spec.expert is None or experts is None:
-            return cls(spec, 1.0, 1.0, 1.0)
+            return cls(spec, tensor.scheme, 1.0, 1.0, 1.0)
         sent = experts.used / experts.count
         if engine.experts == "all":
-            return cls(spec, sent, 1.0, 1.0)
+            return cls(spec, tensor.scheme, sent, 1.0, 1.0)
         if engine.experts == "hybrid" and tokens >= engine.few:
-            return cls(spec, sent, max(sent, engine.few / tokens), 1.0)
-        return cls(spec, sent, sent, _chance(sent * tokens, engine.few))
+            return cls(spec, tensor.scheme, sent, max(sent, engine.few / tokens), 1.0)
+        return cls(spec, tensor.scheme, sent, sent, _chance(sent * tokens, engine.few))
+
+    def coding(self, pace: Pace, engine: Engine) -> float:
+        """Return the seconds of all that is done to the weights but products: read, coded, stored, read again for the forward pass."""
+        grid, read = pace.of(self.scheme), (1 + engine.exact_stream) / pace.read
+        coding = self.fitted * (1 / grid.coded + engine.passes / grid.refined) + (1 - self.fitted) / grid.rounded
+        hashed = _HASHED * self.scheme.row_bytes(self.spec.columns) / self.spec.columns / pace.hashed
+        return self.spec.size * (read + coding + 1 / grid.stored + 1 / grid.restored + hashed)
 
 
 def _chance(mean: float, few: int) -> float:

@@ -22,7 +22,8 @@ from r1q.core.grids import bytes_to_floats, unpack
 from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor
 from r1q.core.safetensors_file import Array, SafetensorsFile, write_safetensors
-from r1q.quantize.run import PARTS_STEM, Slab
+from r1q.quantize.run import PARTS_STEM
+from r1q.quantize.storing import Slab
 
 _ROWS, _SQUARES = "rows", "squares"
 

@@ -16,14 +16,14 @@ from r1q.core import journal
 from r1q.core.checkpoint import FORMAT_VERSION, MANIFEST, SIDECAR, QuantizedCheckpoint, TensorRecord, stored_entry
 from r1q.core.errors import InputError
 from r1q.core.files import atomic_path, remove_leftovers, sha256_file, write_json, writing
-from r1q.core.grids import Bytes, bytes_to_floats, float_bytes, pack
 from r1q.core.importance import row_slabs
 from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor, Recipe
 from r1q.core.safetensors_file import write_safetensors
 from r1q.quantize.engine import Engine
 from r1q.quantize.rtn import rtn
-from r1q.quantize.source import FloatSource, sum_of_squares
+from r1q.quantize.source import FloatSource
+from r1q.quantize.storing import Slab, store_rows
 
 # Rows are taken in slabs of about this many weights (4 MB in float32), of which some nine are alive; codes do not depend on it.
 SLAB_WEIGHTS = 1 << 20
@@ -42,15 +42,6 @@ class Event:
     name: str = ""
     count: int = 0
     record: TensorRecord | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slab:
-    """Some rows of a tensor as stored bytes, with the sums of squares of their error and of their weights."""
-
-    stored: Bytes
-    squared_error: float
-    squared_weight: float
 
 
 Store = Callable[[PlannedTensor], Iterable[Slab]]
@@ -185,12 +176,12 @@ def stored_slabs(source: FloatSource, importance: Mapping[str, Floats]) -> Store
     def store(planned: PlannedTensor) -> Iterator[Slab]:
         spec = planned.spec
         for start, stop, mine in row_slabs(importance, spec, max(1, SLAB_WEIGHTS // spec.columns)):
-            weights = source.read_rows(spec.name, start, stop).reshape(stop - start, spec.columns)
+            weights = np.ascontiguousarray(source.read_rows(spec.name, start, stop)).reshape(-1, spec.columns)
             # A scale beyond float16 shows in the error, and is refused by name.
             with np.errstate(over="ignore", invalid="ignore"):
-                stored, values = _store(weights, planned, mine)
-                error = sum_of_squares(values - weights)
-            yield Slab(stored=stored, squared_error=error, squared_weight=sum_of_squares(weights))
+                coded = None if planned.scheme.facts.family == "float" else rtn(weights, planned.scheme, mine)
+                found = store_rows(weights, coded, planned.scheme)
+            yield from found
 
     return store
 
@@ -225,15 +216,6 @@ def refuse_unfit(planned: PlannedTensor, squared_error: float) -> None:
         raise InputError(
             f"{planned.spec.name}: a value does not fit {planned.scheme} (not finite once stored); keep it in bf16 or f32"
         )
-
-
-def _store(weights: Floats, planned: PlannedTensor, importance: Floats | None) -> tuple[Bytes, Floats]:
-    """Return the stored bytes of rows, and the values they stand for."""
-    if planned.scheme.facts.family == "float":
-        stored = float_bytes(planned.scheme.grid, weights)
-        return stored, bytes_to_floats(planned.scheme.grid, stored).reshape(weights.shape)
-    tensor = rtn(np.ascontiguousarray(weights), planned.scheme, importance)
-    return pack(planned.scheme, tensor.codes, tensor.params), tensor.dequantize()
 
 
 def _copy_sidecars(source: FloatSource, folder: Path) -> None:

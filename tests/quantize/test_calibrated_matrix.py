@@ -17,7 +17,7 @@ from r1q.core.grids import bytes_to_floats, unpack
 from r1q.core.recipe import PlannedTensor
 from r1q.core.scheme import Scheme
 from r1q.core.tensors import TensorSpec
-from r1q.quantize import matrix
+from r1q.quantize import matrix, storing
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq import gptq
 from r1q.quantize.gptq.factor import factorize
@@ -149,7 +149,7 @@ def test_slabs_of_rows_are_rows_of_the_whole(case: Case, residual: bool, monkeyp
     slabs, source = coded(case, fit, dataclasses.replace(ENGINE, slab=3 * COLUMNS))
     assert source.asked == [(0, 3), (3, 6), (6, 9), (9, 10)]
     monkeypatch.setattr(matrix, "PART_WEIGHTS", 2 * COLUMNS)
-    monkeypatch.setattr(matrix, "STORED_WEIGHTS", 1)
+    monkeypatch.setattr(storing, "PIECE_WEIGHTS", 1)
     parts, _ = coded(case, fit, dataclasses.replace(ENGINE, slab=7 * COLUMNS))
     for found in (slabs, parts):
         np.testing.assert_allclose(found, whole, atol=2.5 * np.abs(whole).max() / 127)

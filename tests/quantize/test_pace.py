@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +14,18 @@ from r1q.core.scheme import Scheme
 from r1q.models.source import ModelSource
 from r1q.plan.plan import make_plan
 from r1q.quantize.engine import Engine
-from r1q.quantize.pace import Pace, main_scheme, probe, seconds
+from r1q.quantize.pace import GridPace, Pace, main_schemes, probe, seconds
 
 ENGINE = Engine(effort="fast", threads=1, isa="here", compute="float32")
-NOTHING = Pace(products=1e30, exact_products=1e30, coded=1e30, rounded=1e30, refined=1e30, read=1e30)
+GRID = GridPace(coded=1e30, rounded=1e30, refined=1e30, stored=1e30, restored=1e30)
+NOTHING = Pace(products=1e30, exact_products=1e30, read=1e30, hashed=1e30, grids={Scheme(grid="q4_0"): GRID})
+
+
+def only(rate: str) -> Pace:
+    """Return a pace that takes a second for each piece of work of one sort, and no time for all others."""
+    if rate in {field.name for field in fields(GridPace)}:
+        return replace(NOTHING, grids={Scheme(grid="q4_0"): replace(GRID, **{rate: 1.0})})
+    return replace(NOTHING, **{rate: 1.0})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +48,14 @@ def test_one_matrix_by_hand(make_model: Callable[..., Path]) -> None:
         "coded": size,
         "rounded": 0,
         "refined": 0,
-        "read": 6 * size,
+        "stored": size,
+        "restored": size,
+        "read": size,
+        "hashed": 6 * size * 18 / 32,
         "products": 100 * (size + 0.6 * columns**2),
         "exact_products": columns**3 / 3 + size * columns / 2,
     }.items():
-        found = seconds(source.config, [down], ENGINE, 100, replace(NOTHING, **{name: 1.0}))
+        found = seconds(source.config, [down], ENGINE, 100, only(name))
         assert found == pytest.approx(wanted), name
 
 
@@ -54,7 +65,7 @@ def test_experts_that_see_little_are_rounded_and_others_coded(sparse: ModelSourc
     size = sum(tensor.spec.size for tensor in experts)
 
     def weights(tokens: float, rate: str, engine: Engine = ENGINE) -> float:
-        return seconds(sparse.config, experts, engine, int(tokens), replace(NOTHING, **{rate: 1.0})) / size
+        return seconds(sparse.config, experts, engine, int(tokens), only(rate)) / size
 
     assert weights(128 * 8 / 3, "coded") == pytest.approx(0.5, abs=0.01)
     assert weights(128 * 8 / 3, "rounded") == pytest.approx(0.5, abs=0.01)
@@ -65,9 +76,37 @@ def test_experts_that_see_little_are_rounded_and_others_coded(sparse: ModelSourc
     assert weights(20, "coded", replace(ENGINE, experts="hybrid")) < 0.01
 
 
-def test_the_probe_is_of_the_grid_that_most_weights_have(sparse: ModelSource) -> None:
-    main = main_scheme(planned(sparse, "q4_0"))
-    assert main == (Scheme(grid="q4_0"), "F32")
-    assert main_scheme(planned(sparse, "bf16")) is None
-    found = probe(ENGINE, Scheme(grid="q4_0"), "F8_E4M3")
-    assert min(found.products, found.exact_products, found.coded, found.rounded, found.refined, found.read) > 0
+def test_the_float_model_beside_is_read_too(sparse: ModelSource) -> None:
+    tensors = planned(sparse, "q4_0")
+    size = sum(tensor.spec.size for tensor in tensors if tensor.spec.is_matrix and tensor.spec.layer is not None)
+    for engine, times in ((ENGINE, 1), (replace(ENGINE, effort="default"), 2)):
+        assert seconds(sparse.config, tensors, engine, 100, only("read")) == pytest.approx(times * size)
+
+
+def test_a_grid_is_coded_at_its_own_pace_and_one_not_measured_at_the_first(sparse: ModelSource) -> None:
+    first, other = Scheme(grid="q8_0"), Scheme(grid="q4_0")
+    pace = replace(NOTHING, grids={first: replace(GRID, stored=1.0), other: GRID})
+    tensors = [tensor for tensor in planned(sparse, "q4_0") if tensor.spec.kind == "attn_q"]
+    size = sum(tensor.spec.size for tensor in tensors)
+    assert seconds(sparse.config, tensors, ENGINE, 100, pace) < 1e-9
+    assert seconds(sparse.config, tensors, ENGINE, 100, replace(pace, grids={first: pace.grids[first]})) == size
+
+
+def test_the_probe_is_of_the_grids_that_most_weights_have(sparse: ModelSource) -> None:
+    tensors = planned(sparse, "q4_0")
+    first, other = Scheme(grid="q4_0"), Scheme(grid="q8_0")
+    assert main_schemes(tensors) == ([first, other], "F32")
+    rare = [tensor for tensor in tensors if tensor.scheme == other]
+    assert main_schemes([*rare, *100 * [tensor for tensor in tensors if tensor.scheme == first]]) == ([first], "F32")
+    assert main_schemes(planned(sparse, "bf16")) is None
+
+
+def test_a_probe_measures_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r1q.quantize.pace._SECONDS", 0.01)
+    monkeypatch.setattr("r1q.quantize.pace._ROWS", 256)
+    schemes = [Scheme(grid="q4_0"), Scheme(grid="int4", group_size=64)]
+    found = probe(ENGINE, schemes, "F8_E4M3")
+    assert list(found.grids) == schemes
+    rates = [found.products, found.exact_products, found.read, found.hashed]
+    rates += [getattr(pace, field.name) for pace in found.grids.values() for field in fields(GridPace)]
+    assert min(rates) > 0
