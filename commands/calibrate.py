@@ -29,7 +29,7 @@ def calibrate(quiet: bool, **options: Any) -> None:
       r1q calibrate ./model -o stats.gguf
       r1q calibrate ./model -o stats.gguf --calibration traces.jsonl:0.5,builtin:0.5
     """
-    from r1q.core.freed_memory import return_freed_memory
+    from r1q.core.allocator import return_freed_memory
     from r1q.plan.calibrate import Statistics, calibrate_model
     from r1q.plan.render import make_console, show_calibration
 

@@ -75,7 +75,7 @@ def distill(
       torchrun --nproc-per-node 2 -m r1q distill --to 0.5x -o student
     """
     from r1q.commands.distilling import Asked, asked_sizes, run_distillation
-    from r1q.core.freed_memory import return_freed_memory
+    from r1q.core.allocator import return_freed_memory
     from r1q.distill.group import joined
     from r1q.distill.train import Plan
     from r1q.models.embedded import open_model

@@ -53,7 +53,7 @@ def heal(
       r1q heal r1q-out/model-q4_0 --steps 200 --text traces.jsonl:0.5,builtin:0.5
     """
     from r1q.commands.healing import Asked, heal_output, show_healing
-    from r1q.core.freed_memory import return_freed_memory
+    from r1q.core.allocator import return_freed_memory
     from r1q.distill.train import Plan
     from r1q.plan.render import make_console
 

@@ -66,7 +66,7 @@ def quantize(
 
     A recipe file is TOML: base = "q4_k_m" and [[rules]] of tensors = "*.ffn_down.weight", grid = "q6_k".
     """
-    from r1q.core.freed_memory import return_freed_memory
+    from r1q.core.allocator import return_freed_memory
     from r1q.plan.event_log import logged
     from r1q.plan.job import Job, job_folder, open_job, plan_job, run_job
     from r1q.plan.outlook import outlook

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from r1q.core.allocator import return_freed_memory
 from r1q.core.errors import R1qError
 from r1q.core.files import TEMP_PREFIX, writing
-from r1q.core.freed_memory import return_freed_memory
 from r1q.quantize.tasks import Site
 from r1q.quantize.workers import TRIES, Task, died, perform
 

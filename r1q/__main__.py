@@ -1,5 +1,5 @@
 """`python -m r1q` is `r1q`."""
 
-from r1q.cli import main
+from r1q.cli import start
 
-main()
+start()

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from r1q.core.allocator import huge_page_size
+
 _MAPS = Path("/proc/self/maps")
-_SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
 _ASK, _NOW = 14, 25  # MADV_HUGEPAGE and MADV_COLLAPSE (Linux 6.1) of <asm-generic/mman-common.h>
 _FILLED = 15 / 16  # of its small pages: a huge page in place of a hole would be memory that nobody uses
 _MAX_FAILURES = 64  # of huge pages that the system had not: then it has none to give
@@ -32,22 +33,11 @@ def on_huge_pages() -> Iterator[None]:
     Every large range of private memory that was not there before counts, whoever in this process allocated it. Costs the time of
     copying it once.
     """
-    size = _page_size()
+    size = huge_page_size()
     before = _ranges() if size else []
     yield
     if size:
         _collapse(_without(_ranges(), before), size)
-
-
-def _page_size() -> int:
-    """Return the size of a huge page in bytes, 0 where none are to be had."""
-    try:
-        if "[never]" in (_SYSTEM / "enabled").read_text(encoding="ascii"):
-            return 0
-        size = int((_SYSTEM / "hpage_pmd_size").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return 0
-    return size if size > 0 and size & (size - 1) == 0 else 0
 
 
 def _ranges() -> list[Range]:

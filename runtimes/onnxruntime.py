@@ -16,8 +16,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from r1q.core.allocator import trim_freed_memory
 from r1q.core.errors import MissingError, ResourceError, UsageError
-from r1q.core.freed_memory import trim_freed_memory
 from r1q.core.onnx_file import OnnxFolder
 from r1q.models.tokenizer import Tokenizer
 from r1q.runtimes.base import Floats, Options, check_sequences, check_tokens, choose_context

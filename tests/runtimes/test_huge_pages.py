@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from r1q.core import allocator
+from r1q.core.allocator import huge_page_size
 from r1q.runtimes import huge_pages
 from r1q.runtimes.huge_pages import on_huge_pages
 
@@ -46,7 +48,7 @@ def kilobytes(what: str, start: int, stop: int) -> int:
 
 @pytest.mark.skipif(not SMAPS.exists(), reason="Linux alone has these")
 def test_filled_memory_gets_huge_pages_and_empty_memory_nothing() -> None:
-    size = huge_pages._page_size()
+    size = huge_page_size()
     numbers = [int(part) for part in re.findall(r"\d+", RELEASE.read_text())[:2]]
     if not size or numbers < [6, 1]:
         pytest.skip("this system gives no huge pages at once")
@@ -64,13 +66,13 @@ def test_filled_memory_gets_huge_pages_and_empty_memory_nothing() -> None:
 
 
 def test_a_system_that_never_gives_any_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huge_pages, "_SYSTEM", tmp_path)
-    assert huge_pages._page_size() == 0
+    monkeypatch.setattr(allocator, "_HUGE_PAGES", tmp_path)
+    assert huge_page_size() == 0
     (tmp_path / "enabled").write_text("always madvise [never]\n")
     (tmp_path / "hpage_pmd_size").write_text("2097152\n")
-    assert huge_pages._page_size() == 0
+    assert huge_page_size() == 0
     (tmp_path / "enabled").write_text("always [madvise] never\n")
-    assert huge_pages._page_size() == 1 << 21
+    assert huge_page_size() == 1 << 21
     monkeypatch.setattr(huge_pages, "_MAPS", tmp_path / "none")
     with on_huge_pages():
         pass
