@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-_MALLOC_THRESHOLD = (-3, 1 << 20)
+_MALLOC_THRESHOLD = (-3, 1 << 23)
 _TUNABLES, _SETTING = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
@@ -15,9 +15,10 @@ _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 def return_freed_memory() -> None:
     """Make this process give large arrays back to the system when they are freed, instead of keeping room for more.
 
-    glibc keeps arrays of up to 32 MB for later, in pieces that fit no other: 15 % more memory. The price is that larger arrays than a
-    megabyte come fresh from the system: see `restart_on_huge_pages`, and what is done to all weights is done in smaller pieces
-    (`quantize/storing.py`). For the process of a command, and its workers: a program that calls the library decides for itself.
+    glibc keeps arrays of up to 32 MB for later, in pieces that fit no other: 15 % more memory. The price is that arrays of more than
+    8 MB come fresh from the system each time (with a bound of 1 MB that was a third of a run's processor time): see
+    `restart_on_huge_pages`, and what is done to all weights is done in smaller pieces (`quantize/storing.py`). For the process of a
+    command, and its workers: a program that calls the library decides for itself.
     """
     _tell("mallopt", *_MALLOC_THRESHOLD)
 
@@ -42,8 +43,7 @@ def restart_on_huge_pages() -> None:
     """Start this process anew, once, with the same number and arguments, so that large arrays come on huge pages.
 
     glibc (2.35 and later) asks for them where its setting `glibc.malloc.hugetlb` is 1, which it reads before any of our code runs.
-    With pages of 4 KB a calibrated run spent a third of its processor time on getting them. Where the setting is there already, or
-    means nothing, nothing happens.
+    Where the setting is there already, or means nothing, nothing happens.
     """
     given = os.environ.get(_TUNABLES, "")
     if _SETTING in given or not huge_page_size() or not _is_glibc():

@@ -51,7 +51,7 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
             main = pace.main_schemes(plan.tensors)
             if main is not None:
                 found = pace.probe(engine, *main)
-                seconds = pace.seconds(config, plan.tensors, engine, tokens, found)
+                seconds = pace.seconds(config, plan.tensors, engine, tokens, job.seq_len, found)
                 if engine.heal:
                     products, exact = healing_work(workload(opened, plan), engine)
                     seconds += products / found.products + exact / found.exact_products

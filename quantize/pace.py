@@ -22,6 +22,7 @@ from r1q.core.scheme import Scheme
 from r1q.core.tensors import TensorSpec
 from r1q.models import fp8
 from r1q.models.config import ModelConfig
+from r1q.models.linear import rms_norm
 from r1q.quantize.computing import computing, engine_dtype
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq import gptq
@@ -34,6 +35,10 @@ _SIDE, _TOKENS, _ROWS = 1024, 2048, 4096
 _SECONDS = 0.5
 _BLOCK = (128, 128)
 _SPREAD = 0.5
+_PASSED = (
+    1.3  # times a norm takes for what else is done to each number that a matrix reads or makes (profiled at 576 inputs)
+)
+_ATTENDED = 6.5  # multiply-adds of a product that take as long as one position seen by one number of a head
 _HASHED = 6  # times that a stored byte is: in its part, at each of the part's readings, of its tensor, of its file
 _SHARE, _MOST = 0.02, 4  # a grid that fewer weights have is not probed, nor more grids than this
 _PLAIN = ("attn_k_b",)  # kinds that are rounded without second moments
@@ -57,13 +62,14 @@ class GridPace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """Multiply-adds a second in the engine's dtype and in float32, weights read, bytes hashed; and by grid.
+    """Multiply-adds a second in the engine's dtype and in float32, numbers normalized, weights read, bytes hashed; and by grid.
 
     Reading is making float32 of what the model stores; the disk is not asked.
     """
 
     products: float
     exact_products: float
+    normalized: float
     read: float
     hashed: float
     grids: Mapping[Scheme, GridPace]
@@ -95,6 +101,7 @@ def probe(engine: Engine, schemes: Sequence[Scheme], dtype: str = "BF16") -> Pac
         return Pace(
             products=_rate(lambda: narrow @ matrix.T, work),
             exact_products=_rate(lambda: inputs @ wide.T, work),
+            normalized=_rate(lambda: rms_norm(inputs, wide[0], 1e-6), inputs.numel()),
             read=_rate(lambda: _widened(codes, scales), weights.size),
             hashed=_rate(lambda: hashlib.sha256(codes.data).digest(), codes.nbytes),
             grids={scheme: _grid_pace(engine, scheme, weights, factor) for scheme in schemes},
@@ -142,8 +149,10 @@ def main_schemes(tensors: Sequence[PlannedTensor]) -> tuple[list[Scheme], str] |
     return found, dtypes.most_common(1)[0][0]
 
 
-def seconds(config: ModelConfig, tensors: Sequence[PlannedTensor], engine: Engine, tokens: int, pace: Pace) -> float:
-    """Return the time of a calibrated run: products of the forward passes and statistics, factors, coding, refining, reading.
+def seconds(
+    config: ModelConfig, tensors: Sequence[PlannedTensor], engine: Engine, tokens: int, length: int, pace: Pace
+) -> float:
+    """Return the time of a calibrated run on `tokens` in windows of `length`: forward passes, statistics, factors, all coding.
 
     How many experts see tokens enough for second moments nobody knows before: see `_chance`.
     """
@@ -159,7 +168,11 @@ def seconds(config: ModelConfig, tensors: Sequence[PlannedTensor], engine: Engin
         feedback += 2 * feedback
     # K³/6 multiply-adds of a factorisation, at half the pace of a product.
     products = forward / pace.products + (cubes / 3 + feedback / 2 * (1 + engine.passes)) / pace.exact_products
-    return products + sum(part.coding(pace, engine) for part in parts)
+    mixed = sum(part.spec.columns for part in parts if part.spec.kind == "attn_output")
+    passed = _PASSED * sum(part.sent * (part.spec.rows + part.spec.columns) for part in parts)
+    walks = tokens * (1 + engine.exact_stream)
+    forward_rest = walks * (_ATTENDED * length * mixed / pace.products + passed / pace.normalized)
+    return products + forward_rest + sum(part.coding(pace, engine) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from r1q.core.qtensor import Floats, QuantizedTensor
 from r1q.core.scheme import Scheme
 from r1q.quantize.source import sum_of_squares
 
-# Half a megabyte in float32: what is made of a piece fits a core's cache, and the allocator keeps its arrays. Four and more megabytes,
-# which come fresh from the system each time, took three times as long.
+# Half a megabyte in float32: what is made of a piece fits a core's cache, and the allocator keeps its arrays (`core/allocator.py`).
+# Pieces of 4 MB, whose arrays came fresh from the system each time, took three times as long.
 PIECE_WEIGHTS = 1 << 17
 
 

@@ -18,7 +18,9 @@ from r1q.quantize.pace import GridPace, Pace, main_schemes, probe, seconds
 
 ENGINE = Engine(effort="fast", threads=1, isa="here", compute="float32")
 GRID = GridPace(coded=1e30, rounded=1e30, refined=1e30, stored=1e30, restored=1e30)
-NOTHING = Pace(products=1e30, exact_products=1e30, read=1e30, hashed=1e30, grids={Scheme(grid="q4_0"): GRID})
+NOTHING = Pace(
+    products=1e30, exact_products=1e30, normalized=1e30, read=1e30, hashed=1e30, grids={Scheme(grid="q4_0"): GRID}
+)
 
 
 def only(rate: str) -> Pace:
@@ -52,11 +54,19 @@ def test_one_matrix_by_hand(make_model: Callable[..., Path]) -> None:
         "restored": size,
         "read": size,
         "hashed": 6 * size * 18 / 32,
+        "normalized": 100 * 1.3 * (down.spec.rows + columns),
         "products": 100 * (size + 0.6 * columns**2),
         "exact_products": columns**3 / 3 + size * columns / 2,
     }.items():
-        found = seconds(source.config, [down], ENGINE, 100, only(name))
+        found = seconds(source.config, [down], ENGINE, 100, 10, only(name))
         assert found == pytest.approx(wanted), name
+
+
+def test_attention_takes_longer_over_longer_windows(make_model: Callable[..., Path]) -> None:
+    source = ModelSource.open(make_model("llama", num_layers=1))
+    (output,) = (t for t in planned(source, "q4_0") if t.spec.kind == "attn_output")
+    times = [seconds(source.config, [output], ENGINE, 100, length, only("products")) for length in (10, 30)]
+    assert times[1] - times[0] == pytest.approx(100 * 20 * 6.5 * output.spec.columns)
 
 
 def test_experts_that_see_little_are_rounded_and_others_coded(sparse: ModelSource) -> None:
@@ -65,7 +75,7 @@ def test_experts_that_see_little_are_rounded_and_others_coded(sparse: ModelSourc
     size = sum(tensor.spec.size for tensor in experts)
 
     def weights(tokens: float, rate: str, engine: Engine = ENGINE) -> float:
-        return seconds(sparse.config, experts, engine, int(tokens), only(rate)) / size
+        return seconds(sparse.config, experts, engine, int(tokens), 10, only(rate)) / size
 
     assert weights(128 * 8 / 3, "coded") == pytest.approx(0.5, abs=0.01)
     assert weights(128 * 8 / 3, "rounded") == pytest.approx(0.5, abs=0.01)
@@ -80,7 +90,7 @@ def test_the_float_model_beside_is_read_too(sparse: ModelSource) -> None:
     tensors = planned(sparse, "q4_0")
     size = sum(tensor.spec.size for tensor in tensors if tensor.spec.is_matrix and tensor.spec.layer is not None)
     for engine, times in ((ENGINE, 1), (replace(ENGINE, effort="default"), 2)):
-        assert seconds(sparse.config, tensors, engine, 100, only("read")) == pytest.approx(times * size)
+        assert seconds(sparse.config, tensors, engine, 100, 10, only("read")) == pytest.approx(times * size)
 
 
 def test_a_grid_is_coded_at_its_own_pace_and_one_not_measured_at_the_first(sparse: ModelSource) -> None:
@@ -88,8 +98,8 @@ def test_a_grid_is_coded_at_its_own_pace_and_one_not_measured_at_the_first(spars
     pace = replace(NOTHING, grids={first: replace(GRID, stored=1.0), other: GRID})
     tensors = [tensor for tensor in planned(sparse, "q4_0") if tensor.spec.kind == "attn_q"]
     size = sum(tensor.spec.size for tensor in tensors)
-    assert seconds(sparse.config, tensors, ENGINE, 100, pace) < 1e-9
-    assert seconds(sparse.config, tensors, ENGINE, 100, replace(pace, grids={first: pace.grids[first]})) == size
+    assert seconds(sparse.config, tensors, ENGINE, 100, 10, pace) < 1e-9
+    assert seconds(sparse.config, tensors, ENGINE, 100, 10, replace(pace, grids={first: pace.grids[first]})) == size
 
 
 def test_the_probe_is_of_the_grids_that_most_weights_have(sparse: ModelSource) -> None:
@@ -107,6 +117,6 @@ def test_a_probe_measures_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     schemes = [Scheme(grid="q4_0"), Scheme(grid="int4", group_size=64)]
     found = probe(ENGINE, schemes, "F8_E4M3")
     assert list(found.grids) == schemes
-    rates = [found.products, found.exact_products, found.read, found.hashed]
+    rates = [found.products, found.exact_products, found.normalized, found.read, found.hashed]
     rates += [getattr(pace, field.name) for pace in found.grids.values() for field in fields(GridPace)]
     assert min(rates) > 0
