@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from r1q import cli
 from r1q.cli import main
 from r1q.core.artifact import OutputFolder
 
@@ -213,3 +214,17 @@ def test_doctor_ends_with_4_when_nothing_here_can_open_a_file(tmp_path: Path) ->
     (line,) = done.stderr.splitlines()
     assert line.startswith("Error: no runtime here can open what r1q writes (gguf, gptq, onnx); llama-cpp is broken: ")
     assert "libllama.so" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "restarts"), [(["quantize", "--help"], 1), (["plan"], 1), (["--help"], 0), (["bench"], 0), ([], 0)]
+)
+def test_what_calibrates_starts_on_huge_pages(
+    arguments: list[str], restarts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(cli, "restart_on_huge_pages", lambda: called.append("restarted"))
+    monkeypatch.setattr(cli, "main", lambda: called.append("run"))
+    monkeypatch.setattr("sys.argv", ["r1q", *arguments])
+    cli.start()
+    assert called == ["restarted"] * restarts + ["run"]
