@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from r1q.plan.disks import probe_disks
 from r1q.plan.healing import HEALING_COPIES, healing_parts, healing_work
-from r1q.plan.job import OpenedJob, planned_engine, refuse_little_memory, workload
-from r1q.plan.memory import memory_parts, rounding_parts, tell
+from r1q.plan.job import OpenedJob, job_folder, planned_engine, refuse_little_memory, workload
+from r1q.plan.memory import ceiling, memory_parts, rounding_parts, tell
 from r1q.plan.plan import Plan
+
+# Quiet runs took this much longer than what is counted of them: 135M in two efforts, and a block of R1.
+_UNCOUNTED = 1.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +53,13 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
         if timed:
             from r1q.quantize import pace
 
-            main = pace.main_schemes(plan.tensors)
+            loaded, main = time.process_time(), pace.main_schemes(plan.tensors)  # the run loads the same
             if main is not None:
                 found = pace.probe(engine, *main)
                 seconds = pace.seconds(config, plan.tensors, engine, tokens, job.seq_len, found)
+                disks = probe_disks(opened.model.source.path, job_folder(job, plan))
+                seconds += disks.seconds(plan.tensors, ceiling(job.max_ram) - sum(parts.values()))
+                seconds = _UNCOUNTED * seconds + loaded
                 if engine.heal:
                     products, exact = healing_work(workload(opened, plan), engine)
                     seconds += products / found.products + exact / found.exact_products

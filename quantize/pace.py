@@ -35,9 +35,7 @@ _SIDE, _TOKENS, _ROWS = 1024, 2048, 4096
 _SECONDS = 0.5
 _BLOCK = (128, 128)
 _SPREAD = 0.5
-_PASSED = (
-    1.3  # times a norm takes for what else is done to each number that a matrix reads or makes (profiled at 576 inputs)
-)
+_PASSED = 2.5  # norms that take as long as what else is done to a number that a matrix reads or makes (fitted to runs of 135M)
 _ATTENDED = 6.5  # multiply-adds of a product that take as long as one position seen by one number of a head
 _HASHED = 6  # times that a stored byte is: in its part, at each of the part's readings, of its tensor, of its file
 _SHARE, _MOST = 0.02, 4  # a grid that fewer weights have is not probed, nor more grids than this
@@ -128,10 +126,13 @@ def _grid_pace(engine: Engine, scheme: Scheme, weights: Floats, factor: Factor) 
 
 
 def _widened(codes: NDArray[Any], scales: Floats) -> Floats:
-    """Return 8-bit floats, or bits of bfloat16, as float32."""
+    """Return 8-bit floats, or bits of bfloat16, as float32, after a look at all of them, as `models.source` has it."""
     if codes.dtype == np.uint8:
-        return fp8.dequantize(codes.view(np.uint8), scales, 0, _BLOCK)
-    wide: Floats = (codes.astype(np.uint32) << 16).view(np.float32)
+        wide = fp8.dequantize(codes.view(np.uint8), scales, 0, _BLOCK)
+    else:
+        wide = (codes.astype(np.uint32) << 16).view(np.float32)
+    if not np.isfinite(wide).all():
+        raise ValueError("none of these codes is infinite")
     return wide
 
 
@@ -204,7 +205,9 @@ class _Part:
         grid, read = pace.of(self.scheme), (1 + engine.exact_stream) / pace.read
         coding = self.fitted * (1 / grid.coded + engine.passes / grid.refined) + (1 - self.fitted) / grid.rounded
         hashed = _HASHED * self.scheme.row_bytes(self.spec.columns) / self.spec.columns / pace.hashed
-        return self.spec.size * (read + coding + 1 / grid.stored + 1 / grid.restored + hashed)
+        # An expert's first two matrices are made of what is stored for the third one's inputs, and again for the block's results.
+        restored = 1 if self.spec.expert is None or self.spec.kind.startswith("ffn_down") else 2
+        return self.spec.size * (read + coding + 1 / grid.stored + restored / grid.restored + hashed)
 
 
 def _chance(mean: float, few: int) -> float:
