@@ -11,10 +11,17 @@ LINES = {
 }
 
 
+def thinned(points: list[dict[str, float]], most: int = 1200) -> list[dict[str, float]]:
+    """Return at most so many points: the largest values of neighbours, at the time of the last."""
+    step = -(-len(points) // most)
+    groups = (points[start : start + step] for start in range(0, len(points), step))
+    return [{key: max(row[key] for row in group) for key in group[0]} for group in groups]
+
+
 def main(curve: Path, out: Path) -> None:
     """Write the picture: memory over time, and the limit."""
     rows = [json.loads(line) for line in curve.read_text().splitlines()]
-    points = [row for row in rows if "seconds" in row]
+    points = thinned([row for row in rows if "seconds" in row])
     limit = next((row["limit"] for row in rows if "limit" in row), 6 << 30)
     last, top = points[-1]["seconds"], limit * 1.1
 
