@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-_MALLOC_THRESHOLD = (-3, 1 << 23)
+_MALLOC_THRESHOLD = (-3, 1 << 22)
 _TUNABLES, _SETTING = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
@@ -16,7 +16,7 @@ def return_freed_memory() -> None:
     """Make this process give large arrays back to the system when they are freed, instead of keeping room for more.
 
     glibc keeps arrays of up to 32 MB for later, in pieces that fit no other: 15 % more memory. The price is that arrays of more than
-    8 MB come fresh from the system each time (with a bound of 1 MB that was a third of a run's processor time): see
+    4 MB come fresh from the system each time (with a bound of 1 MB that was a third of a run's processor time): see
     `restart_on_huge_pages`, and what is done to all weights is done in smaller pieces (`quantize/storing.py`). For the process of a
     command, and its workers: a program that calls the library decides for itself.
     """

@@ -49,7 +49,10 @@ _FIRST = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GridPace:
-    """Of one grid, weights a second: coded by GPTQ, rounded, refined once, stored with their error, made of what is stored."""
+    """Of one grid, weights a second: coded by GPTQ, rounded, refined once, stored with their error, made of what is stored.
+
+    `refined` is infinite where the engine refines nothing.
+    """
 
     coded: float
     rounded: float
@@ -78,7 +81,7 @@ class Pace:
 
 
 def probe(engine: Engine, schemes: Sequence[Scheme], dtype: str = "BF16") -> Pace:
-    """Measure for two seconds, and three for each of `schemes`, after kernels are compiled; `dtype` is what weights are stored in.
+    """Measure for three seconds, and three or more for each of `schemes`, after kernels are compiled; weights are stored as `dtype`.
 
     No weight is read: what is coded is noise, in arrays too large for a processor's caches, as a model's are.
     """
@@ -111,6 +114,9 @@ def _grid_pace(engine: Engine, scheme: Scheme, weights: Floats, factor: Factor) 
     coded = gptq(weights, factor, scheme, threads=engine.threads)
     slabs = store_rows(weights, coded, scheme)
 
+    def refined() -> None:
+        refine(coded, weights, factor, passes=1, threads=engine.threads)
+
     def restored() -> None:
         for slab in slabs:
             values = unpack(scheme, slab.stored, weights.shape[1]).dequantize()
@@ -119,7 +125,7 @@ def _grid_pace(engine: Engine, scheme: Scheme, weights: Floats, factor: Factor) 
     return GridPace(
         coded=_rate(lambda: gptq(weights, factor, scheme, threads=engine.threads), weights.size),
         rounded=_rate(lambda: rtn(weights, scheme, importance), weights.size),
-        refined=_rate(lambda: refine(coded, weights, factor, passes=1, threads=engine.threads), weights.size),
+        refined=_rate(refined, weights.size) if engine.passes else math.inf,
         stored=_rate(lambda: store_rows(weights, coded, scheme), weights.size),
         restored=_rate(restored, weights.size),
     )
