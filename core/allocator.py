@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from pathlib import Path
@@ -63,6 +62,8 @@ def _is_glibc() -> bool:
 
 
 def _tell(function: str, *values: int) -> None:
+    import ctypes  # the command line imports this module at every start
+
     try:
         getattr(ctypes.CDLL(None), function)(*values)
     except (OSError, AttributeError, TypeError):

@@ -104,7 +104,7 @@ class ModelSource:
         """
         place = self._places.get(name)
         if place is None and self.spec(name).dtype != fp8.DTYPE:
-            return _widened(self.raw_rows(name, start, stop))
+            return widened(self.raw_rows(name, start, stop))
         if not 0 <= start <= stop <= self.spec(name).rows:
             raise ValueError(f"rows {start}:{stop} of {name}, which has {self.spec(name).rows}")
         return read_place(place or Place(stored=name), self.config, start, stop, self._stored_rows)
@@ -130,7 +130,7 @@ class ModelSource:
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
                 values = fp8.dequantize(stored, self._scales_of(name), start, self.config.fp8_block)
         else:
-            values = _widened(stored)
+            values = widened(stored)
         _require_finite(file.path, name, values)
         return values
 
@@ -174,7 +174,7 @@ def check_repeated_head(folder: Path, head: SafetensorsFile, embedding: Safetens
         )
 
 
-def _widened(stored: NDArray[Any]) -> Floats:
+def widened(stored: NDArray[Any]) -> Floats:
     """Return stored float32, float16 or bits of bfloat16 as float32."""
     if stored.dtype == np.uint16:
         wide = stored.astype(np.uint32)
@@ -184,11 +184,12 @@ def _widened(stored: NDArray[Any]) -> Floats:
 
 
 def _require_finite(path: Path, name: str, stored: NDArray[Any]) -> None:
-    if not _is_finite(stored):
+    if not is_finite(stored):
         raise InputError(f"{path}: {name} holds NaN or infinite weights; the checkpoint is broken, take another")
 
 
-def _is_finite(stored: NDArray[Any]) -> bool:
+def is_finite(stored: NDArray[Any]) -> bool:
+    """Return whether stored floats, or bits of bfloat16, hold no NaN and nothing infinite."""
     if stored.dtype == np.uint16:  # bfloat16: all exponent bits set means NaN or infinity
         return not np.any((stored & 0x7F80) == 0x7F80)
     return bool(np.isfinite(stored).all())

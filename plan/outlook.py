@@ -11,6 +11,7 @@ from r1q.plan.healing import HEALING_COPIES, healing_parts, healing_work
 from r1q.plan.job import OpenedJob, job_folder, planned_engine, refuse_little_memory, workload
 from r1q.plan.memory import ceiling, memory_parts, rounding_parts, tell
 from r1q.plan.plan import Plan
+from r1q.quantize.engine import Engine
 
 # Quiet runs took this much longer than what is counted of them: 135M in two efforts, and a block of R1.
 _UNCOUNTED = 1.15
@@ -45,24 +46,34 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
     parts, spilled, seconds, hidden = rounding_parts(config, plan.formats), False, None, 0
     refuse_little_memory(opened, plan)
     if job.calibrated:
-        engine = planned_engine(opened, plan)
-        parts, spilled = memory_parts(workload(opened, plan), engine), engine.spill
-        healing = healing_parts(workload(opened, plan), engine.compute) if engine.heal else {}
+        engine, work = planned_engine(opened, plan), workload(opened, plan)
+        parts, spilled = memory_parts(work, engine), engine.spill
+        healing = healing_parts(work, engine.compute) if engine.heal else {}
         parts = max(parts, healing, key=lambda found: sum(found.values()))
         hidden = 2 * 4 * tokens * config.hidden_size * (2 if engine.exact_stream else 1) + plan.block_bytes
-        if timed:
-            from r1q.quantize import pace
-
-            loaded, main = time.process_time(), pace.main_schemes(plan.tensors)  # the run loads the same
-            if main is not None:
-                found = pace.probe(engine, *main)
-                seconds = pace.seconds(config, plan.tensors, engine, tokens, job.seq_len, found)
-                disks = probe_disks(opened.model.source.path, job_folder(job, plan))
-                seconds += disks.seconds(plan.tensors, ceiling(job.max_ram) - sum(parts.values()))
-                seconds = _UNCOUNTED * seconds + loaded
-                if engine.heal:
-                    products, exact = healing_work(workload(opened, plan), engine)
-                    seconds += products / found.products + exact / found.exact_products
         hidden = max(hidden, HEALING_COPIES * plan.bytes if engine.heal else 0)
+        if timed:
+            seconds = _seconds(opened, plan, engine, ceiling(job.max_ram) - sum(parts.values()))
     disk = sum(sizes.values()) + hidden
     return Outlook(bytes=sizes, disk=disk, memory=sum(parts.values()), parts=parts, spilled=spilled, seconds=seconds)
+
+
+def _seconds(opened: OpenedJob, plan: Plan, engine: Engine, room: int) -> float | None:
+    """Return the time of a calibrated run that leaves the system `room` bytes; None where no matrix is coded.
+
+    For a process that has done nothing else: what it has loaded by now, the run loads too.
+    """
+    from r1q.quantize import pace
+
+    loaded, main = time.process_time(), pace.main_schemes(plan.tensors)
+    if main is None:
+        return None
+    job, source = opened.job, opened.model.source
+    found = pace.probe(engine, *main)
+    counted = pace.seconds(source.config, plan.tensors, engine, job.samples * job.seq_len, job.seq_len, found)
+    counted += probe_disks(source.path, job_folder(job, plan)).seconds(plan.tensors, room)
+    seconds = _UNCOUNTED * counted + loaded
+    if engine.heal:
+        products, exact = healing_work(workload(opened, plan), engine)
+        seconds += products / found.products + exact / found.exact_products
+    return seconds

@@ -19,14 +19,14 @@ from r1q.quantize.computing import engine_dtype
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq import gptq
 from r1q.quantize.gptq.factor import Factor, factorize, shrink
-from r1q.quantize.parts import Parts, values_of
+from r1q.quantize.parts import Parts
 from r1q.quantize.refine import refine
 from r1q.quantize.rtn import rtn
 from r1q.quantize.run import SLAB_WEIGHTS, refuse_unfit
 from r1q.quantize.source import FloatSource
-from r1q.quantize.storing import Slab, some_rows, store_rows
+from r1q.quantize.storing import Slab, some_rows, store_rows, values_of
 
-# What is done to a slab besides coding takes this many weights at a time; the first of them decides last bits.
+# A slab is moved and refined this many weights at a time, which decides last bits.
 PART_WEIGHTS = 1 << 22
 # Grids that look at no statistics: nothing is lost where there are none.
 _EIGHT_BITS = tuple(Scheme(grid=grid) for grid in ("q8_0", "f32", "f16", "bf16"))
@@ -111,7 +111,7 @@ def coded_matrix(parts: Parts, planned: PlannedTensor, engine: Engine) -> Tensor
     values = torch.empty(spec.shape, dtype=engine_dtype(engine), device=engine.device)
     for slab in parts.slabs(planned, row_slabs(spec, engine)):
         stop = start + len(slab.stored)
-        values[start:stop] = torch.from_numpy(values_of(planned, slab)).to(values.dtype)
+        values[start:stop] = torch.from_numpy(values_of(planned.scheme, slab.stored, spec.columns)).to(values.dtype)
         start = stop
     return values
 

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from r1q.calibration.moments import add_second_moment
-from r1q.core.grids import unpack
 from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor
 from r1q.core.scheme import Scheme
@@ -23,13 +22,14 @@ from r1q.core.tensors import TensorSpec
 from r1q.models import fp8
 from r1q.models.config import ModelConfig
 from r1q.models.linear import rms_norm
+from r1q.models.source import is_finite, widened
 from r1q.quantize.computing import computing, engine_dtype
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq import gptq
 from r1q.quantize.gptq.factor import Factor, factorize
 from r1q.quantize.refine import refine
 from r1q.quantize.rtn import rtn
-from r1q.quantize.storing import store_rows
+from r1q.quantize.storing import store_rows, values_of
 
 _SIDE, _TOKENS, _ROWS = 1024, 2048, 4096
 _SECONDS = 0.5
@@ -103,7 +103,7 @@ def probe(engine: Engine, schemes: Sequence[Scheme], dtype: str = "BF16") -> Pac
             products=_rate(lambda: narrow @ matrix.T, work),
             exact_products=_rate(lambda: inputs @ wide.T, work),
             normalized=_rate(lambda: rms_norm(inputs, wide[0], 1e-6), inputs.numel()),
-            read=_rate(lambda: _widened(codes, scales), weights.size),
+            read=_rate(lambda: _read(codes, scales), weights.size),
             hashed=_rate(lambda: hashlib.sha256(codes.data).digest(), codes.nbytes),
             grids={scheme: _grid_pace(engine, scheme, weights, factor) for scheme in schemes},
         )
@@ -119,8 +119,7 @@ def _grid_pace(engine: Engine, scheme: Scheme, weights: Floats, factor: Factor) 
 
     def restored() -> None:
         for slab in slabs:
-            values = unpack(scheme, slab.stored, weights.shape[1]).dequantize()
-            torch.from_numpy(values).to(engine_dtype(engine))
+            torch.from_numpy(values_of(scheme, slab.stored, weights.shape[1])).to(engine_dtype(engine))
 
     return GridPace(
         coded=_rate(lambda: gptq(weights, factor, scheme, threads=engine.threads), weights.size),
@@ -131,15 +130,13 @@ def _grid_pace(engine: Engine, scheme: Scheme, weights: Floats, factor: Factor) 
     )
 
 
-def _widened(codes: NDArray[Any], scales: Floats) -> Floats:
-    """Return 8-bit floats, or bits of bfloat16, as float32, after a look at all of them, as `models.source` has it."""
+def _read(codes: NDArray[Any], scales: Floats) -> None:
+    """Make float32 of 8-bit floats, or bits of bfloat16, and look whether all are finite, as a source does."""
     if codes.dtype == np.uint8:
-        wide = fp8.dequantize(codes.view(np.uint8), scales, 0, _BLOCK)
+        is_finite(fp8.dequantize(codes, scales, 0, _BLOCK))
     else:
-        wide = (codes.astype(np.uint32) << 16).view(np.float32)
-    if not np.isfinite(wide).all():
-        raise ValueError("none of these codes is infinite")
-    return wide
+        is_finite(codes)
+        widened(codes)
 
 
 def main_schemes(tensors: Sequence[PlannedTensor]) -> tuple[list[Scheme], str] | None:

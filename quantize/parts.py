@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 
 from r1q.core.errors import InputError
 from r1q.core.files import remove_leftovers
-from r1q.core.grids import bytes_to_floats, unpack
-from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor
 from r1q.core.safetensors_file import Array, SafetensorsFile, write_safetensors
 from r1q.quantize.run import PARTS_STEM
@@ -123,14 +121,6 @@ class Parts:
 
     def _path(self, planned: PlannedTensor, rows: slice) -> Path:
         return self.folder / f"{planned.spec.key}.{rows.start:08d}.safetensors"
-
-
-def values_of(planned: PlannedTensor, slab: Slab) -> Floats:
-    """Return the values [rows, columns] that stored rows stand for."""
-    grid, columns = planned.scheme, planned.spec.columns
-    if grid.facts.family == "float":
-        return bytes_to_floats(grid.grid, slab.stored).reshape(-1, columns)
-    return unpack(grid, slab.stored, columns).dequantize()
 
 
 def _read(file: SafetensorsFile, planned: PlannedTensor, rows: slice) -> Part | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from r1q.core.grids import Bytes, bytes_to_floats, float_bytes, pack
+from r1q.core.grids import Bytes, bytes_to_floats, float_bytes, pack, unpack
 from r1q.core.qtensor import Floats, QuantizedTensor
 from r1q.core.scheme import Scheme
 from r1q.quantize.source import sum_of_squares
@@ -35,6 +35,13 @@ def store_rows(weights: Floats, coded: QuantizedTensor | None, scheme: Scheme) -
     return found
 
 
+def values_of(scheme: Scheme, stored: Bytes, columns: int) -> Floats:
+    """Return the values [rows, columns] that stored rows stand for."""
+    if scheme.facts.family == "float":
+        return bytes_to_floats(scheme.grid, stored).reshape(-1, columns)
+    return unpack(scheme, stored, columns).dequantize()
+
+
 def some_rows(coded: QuantizedTensor, rows: slice) -> QuantizedTensor:
     """Return some rows of what was coded, without copies."""
     params = {name: array[rows] for name, array in coded.params.items()}
@@ -45,5 +52,5 @@ def _store(weights: Floats, coded: QuantizedTensor | None, scheme: Scheme) -> tu
     """Return the stored bytes of rows, and the values they stand for."""
     if coded is None:
         stored = float_bytes(scheme.grid, weights)
-        return stored, bytes_to_floats(scheme.grid, stored).reshape(weights.shape)
+        return stored, values_of(scheme, stored, weights.shape[1])
     return pack(scheme, coded.codes, coded.params), coded.dequantize()
