@@ -1,4 +1,4 @@
-"""The routed experts of a block: what each reads, as lessons that need no other's; then what they make, coded, added in one order.
+"""The routed experts of a block: what each reads, as lessons that need no other's; and what they make, coded, added in one order.
 
 Every expert reads the same normed hidden states, of which it sees the tokens that the coded model's router sends to it; those inputs
 are kept once for all experts. Statistics are of what an expert is *seen* reading: its own tokens (`routed`), all tokens (`all`), or
@@ -84,19 +84,18 @@ class Routed:
         inner = known.inner + squares.to(known.inner.device)
         self.others = Others(mean=known.mean, inner=inner, tokens=known.tokens + tokens)
 
-    def add_results(self, streams: Streams) -> None:
-        """Add what every expert makes, coded, to the coded stream, and what the float model's make to the exact one.
+    def add_results(self, expert: int, streams: Streams) -> None:
+        """Add what an expert makes, coded, to the coded stream, and what the float model's makes to the exact one.
 
-        The experts' coded weights leave the walk, one expert at a time.
+        For all experts, in the order of `order`, when they are coded. An expert's coded weights leave the walk.
         """
-        for expert in self.order:
-            names = [f"{kind}.weight" for kind in moe.kinds(expert)]
-            weights = {name: self.walk.coded.pop(name) for name in names}
-            _add_results(weights, streams.coded, expert, self.rows, *self.routes.of(expert), self.tile)
-            if self.exact is not None and streams.exact is not None:
-                rows, routes = self.exact
-                weights = {name: self.walk.exact[name] for name in names}
-                _add_results(weights, streams.exact, expert, rows, *routes.of(expert), self.tile)
+        names = [f"{kind}.weight" for kind in moe.kinds(expert)]
+        weights = {name: self.walk.coded.pop(name) for name in names}
+        _add_results(weights, streams.coded, expert, self.rows, *self.routes.of(expert), self.tile)
+        if self.exact is not None and streams.exact is not None:
+            rows, routes = self.exact
+            weights = {name: self.walk.exact[name] for name in names}
+            _add_results(weights, streams.exact, expert, rows, *routes.of(expert), self.tile)
 
 
 def routed_experts(walk: BlockWalk, streams: Streams) -> Routed:

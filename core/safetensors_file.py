@@ -10,18 +10,20 @@ kills the process without a word when the file shrinks under it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +33,10 @@ from r1q.core.files import atomic_write
 
 Array = NDArray[Any]
 Chunk = bytes | bytearray | memoryview | Array
+Shaped = tuple[str, str, tuple[int, ...]]
+"""A tensor to be written: its name, its dtype as the file spells it, its shape."""
 _SAMPLE_BYTES = 4096
+_EXPECTED_BYTES = 1 << 19
 MAX_HEADER_BYTES = 100_000_000
 _MAX_AXES = 8
 _MAX_SIZE = 1 << 62
@@ -70,6 +75,13 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
+
+
+class Digest(Protocol):
+    """A hash of `hashlib` in the making."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Add bytes."""
 
 
 class SafetensorsFile:
@@ -128,6 +140,18 @@ class SafetensorsFile:
         row_bytes = (entry.stop - entry.start) // max(rows, 1)
         return self._read(name, entry, entry.start + start * row_bytes, (stop - start, columns))
 
+    def expect(self, name: str, start: int, stop: int) -> None:
+        """Have the system read rows as of `read_flat_rows` into its memory meanwhile; where it cannot be asked, nothing happens."""
+        entry = self._entry(name)
+        row_bytes = (entry.stop - entry.start) // max(math.prod(entry.shape[:-1]), 1)
+        first, last = entry.start + start * row_bytes, min(entry.start + stop * row_bytes, entry.stop)
+        if not hasattr(os, "posix_fadvise"):  # macOS, Windows
+            return
+        with contextlib.suppress(OSError):
+            # Linux takes no more than about this much of one call.
+            for place in range(first, last, _EXPECTED_BYTES):
+                os.posix_fadvise(self._file.fileno(), place, min(_EXPECTED_BYTES, last - place), os.POSIX_FADV_WILLNEED)
+
     def sampled_sha256(self) -> str:
         """Return a sha256 of the header and of the first bytes of every tensor: tells checkpoints apart without reading them whole."""
         digest = hashlib.sha256(self.header_sha256.encode())
@@ -172,30 +196,56 @@ class SafetensorsFile:
         return values
 
 
-def write_safetensors(
-    path: Path,
-    entries: Sequence[tuple[str, str, tuple[int, ...]]],
-    chunks: Iterable[Chunk],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write a safetensors file atomically: the header first, then `chunks` as they come.
+class SafetensorsWriter:
+    """A safetensors file in writing, its data pushed piece by piece; `writing_safetensors` gives it."""
 
-    `entries` are (name, dtype, shape) in the order of the data; `chunks` are the tensors' little-endian bytes in that order,
-    cut anywhere. The header is padded to 8 bytes; as the format allows no holes, put wide dtypes before narrow ones where
-    others shall map the file. Raises `ValueError` when chunks and entries disagree, `ResourceError` for a full disk.
+    def __init__(self, path: Path, file: BinaryIO, header: bytes, size: int, digest: Digest | None) -> None:
+        self._path, self._file, self._size, self._left, self._digest = path, file, size, size, digest
+        self._put(memoryview(header))
+
+    def write(self, chunk: Chunk) -> None:
+        """Append little-endian bytes. Raises `ValueError` for more than the header promises."""
+        view = _bytes_of(chunk)
+        self._left -= len(view)
+        if self._left < 0:
+            raise ValueError(f"{self._path}: more data than the {self._size} bytes that the header promises")
+        self._put(view)
+
+    def finish(self) -> None:
+        """Raise `ValueError` where data is missing."""
+        if self._left:
+            raise ValueError(f"{self._path}: {self._left} bytes fewer than the {self._size} that the header promises")
+
+    def _put(self, data: memoryview) -> None:
+        self._file.write(data)
+        if self._digest is not None:
+            self._digest.update(data)
+
+
+@contextlib.contextmanager
+def writing_safetensors(
+    path: Path, entries: Sequence[Shaped], metadata: Mapping[str, str] | None = None, digest: Digest | None = None
+) -> Iterator[SafetensorsWriter]:
+    """Give a writer of a safetensors file that becomes `path` when the block ends without an error and all data is there.
+
+    `entries` are (name, dtype, shape) in the order of the data. The header, padded to 8 bytes, comes first; as the format allows no
+    holes, put wide dtypes before narrow ones where others shall map the file. `digest` gets every byte of the file.
+    Raises `ValueError` when data and entries disagree, `ResourceError` for a full disk.
     """
     header, size = _header(entries, metadata or {})
     with atomic_write(path) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        left = size
+        writer = SafetensorsWriter(path, file, header, size, digest)
+        yield writer
+        writer.finish()
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[Shaped], chunks: Iterable[Chunk], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically, its data in `chunks` as they come, cut anywhere; see `writing_safetensors`."""
+    with writing_safetensors(path, entries, metadata) as writer:
         for chunk in chunks:
-            view = _bytes_of(chunk)
-            left -= len(view)
-            if left < 0:
-                raise ValueError(f"{path}: more data than the {size} bytes that the header promises")
-            file.write(view)
-        if left:
-            raise ValueError(f"{path}: {left} bytes fewer than the {size} that the header promises")
+            writer.write(chunk)
 
 
 def _bytes_of(chunk: Chunk) -> memoryview:
@@ -204,7 +254,8 @@ def _bytes_of(chunk: Chunk) -> memoryview:
     return memoryview(chunk).cast("B")
 
 
-def _header(entries: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+def _header(entries: Sequence[Shaped], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """Return what stands before the data, and the data's size."""
     table: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0
     for name, dtype, shape in entries:
@@ -214,7 +265,8 @@ def _header(entries: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mappi
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8), offset
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offset
 
 
 def _read_header(path: Path, file: FileIO, size: int) -> bytes:

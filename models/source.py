@@ -6,6 +6,7 @@ loaded. No file of the folder may lie outside of it (links into the blobs of a H
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -108,6 +109,15 @@ class ModelSource:
         if not 0 <= start <= stop <= self.spec(name).rows:
             raise ValueError(f"rows {start}:{stop} of {name}, which has {self.spec(name).rows}")
         return read_place(place or Place(stored=name), self.config, start, stop, self._stored_rows)
+
+    def expect(self, name: str) -> None:
+        """Have the system read the tensor `name` from the disk meanwhile: it is asked for soon."""
+        place, spec = self._places.get(name, Place(stored=name)), self.spec(name)
+        file = self._files[place.stored]
+        if place.half:
+            file.expect(place.stored, 0, math.prod(file.tensors[place.stored].shape[:-1]))
+        else:
+            file.expect(place.stored, place.first, place.first + spec.rows)
 
     def raw_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Return rows as they are stored: float32, float16, or the bits of bfloat16 as uint16; finite, like `read_rows`.

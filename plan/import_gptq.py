@@ -33,7 +33,8 @@ from r1q.core.scheme import WHOLE_ROW, Scheme
 from r1q.core.tensors import TensorSpec
 from r1q.models.gptq_source import GptqSource
 from r1q.plan.walk import versions
-from r1q.quantize.run import Event, Request, Store, quantize_checkpoint, stored_slabs
+from r1q.quantize.block_file import Store
+from r1q.quantize.run import Event, Request, quantize_checkpoint, stored_slabs
 from r1q.quantize.storing import Slab
 
 BLOCK = 32

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from r1q.calibration.expert_stages import Routed
-from r1q.calibration.stage import Stage
+from r1q.calibration.stage import Stage, Streams
+from r1q.core.mixtures import ROUTERS
 from r1q.core.recipe import PlannedTensor
 from r1q.models import moe
+from r1q.quantize.block_file import Store
+from r1q.quantize.event import Event
 from r1q.quantize.matrix import coded_matrix, fit_stage, row_slabs
 from r1q.quantize.parts import Parts
-from r1q.quantize.run import Event, Store
+from r1q.quantize.source import expect
 from r1q.quantize.storing import Slab
 from r1q.quantize.tasks import ExpertTask, RowsTask, Site, code_expert, fit_arrays, is_coded
 from r1q.quantize.workers import Crew, Task, lending
@@ -80,6 +84,11 @@ class BlockCoding:
 
         return stored
 
+    def is_ready(self, planned: PlannedTensor) -> bool:
+        """Return whether a tensor can be had as stored: it is in parts, or a norm, a bias or a router, which are not coded."""
+        spec = planned.spec
+        return spec.name in self.coded or not spec.is_matrix or spec.kind in ROUTERS
+
     def code(self, stage: Stage, weights: MutableMapping[str, Tensor]) -> Iterator[Event]:
         """Code a stage's matrices and put them into `weights`; an event follows each line that is told, and the stage."""
         keys = [f"{kind}.weight" for kind in stage.kinds]
@@ -104,6 +113,7 @@ class BlockCoding:
                 for (one, rows), part in zip(slabs, found, strict=True)
                 if part is None
             ]
+            self._expect([*planned, *self._after(planned[-1])])
             with lending(self.crew, fit_arrays(fit)) as lent:
                 for _ in self.crew.do(self.site, ((task, lent) for task in tasks)):
                     pass
@@ -113,20 +123,24 @@ class BlockCoding:
             self.coded.add(one.spec.name)
         yield Event(what="stage", name=f"blk.{self.layer}.{stage.kinds[-1]}", count=len(stage.kinds))
 
-    def code_experts(self, routed: Routed) -> Iterator[Event]:
-        """Code all routed experts; events follow each as those of its stages do."""
+    def code_experts(self, routed: Routed, streams: Streams) -> Iterator[Event]:
+        """Code all routed experts and add what each makes to the streams; events follow as those of its stages do."""
         # Every expert reads all rows, or a crew of other machines would have to be sent all of them for a part.
         whole = routed.walk.coverage.seen == "all" or not self.crew.sliced
         missing = [one for one in routed.order if one not in routed.leaning and not self._is_coded(one)]
         with lending(self.crew, _rows_of(routed) if whole and missing else {}) as lent:
             finished = self.crew.do(self.site, (self._call(routed, expert, lent, whole=whole) for expert in missing))
-            for expert in routed.order:
+            for expert, following in zip_longest(routed.order, routed.order[1:]):
                 planned = self._matrices(expert)
-                if expert in routed.leaning and not self._is_coded(expert):
-                    code_expert(self.site, self.layer, planned, routed.lesson(expert))
-                elif expert in missing:
+                todo = expert in missing or (expert in routed.leaning and not self._is_coded(expert))
+                if todo and following is not None:
+                    self._expect(self._matrices(following))
+                if expert in missing:
                     next(finished)
+                elif todo:
+                    code_expert(self.site, self.layer, planned, routed.lesson(expert))
                 yield from self._learnt(routed, expert, planned)
+                routed.add_results(expert, streams)  # while its parts are still in the system's memory
 
     def _call(self, routed: Routed, expert: int, lent: Any, *, whole: bool) -> tuple[Task, Any]:
         lesson, planned = routed.lesson(expert), self._matrices(expert)
@@ -148,6 +162,16 @@ class BlockCoding:
 
     def _matrices(self, expert: int) -> list[PlannedTensor]:
         return [self.by_key[f"{kind}.weight"] for kind in moe.kinds(expert)]
+
+    def _after(self, planned: PlannedTensor) -> list[PlannedTensor]:
+        """Return the matrix that follows in the block, of those that are no routed expert's."""
+        others = [one for one in self.by_key.values() if one.spec.is_matrix and one.spec.expert is None]
+        return others[others.index(planned) + 1 :][:1]
+
+    def _expect(self, planned: Sequence[PlannedTensor]) -> None:
+        """Have what will be coded next read from the disk meanwhile, where that is a disk of this machine."""
+        for one in () if self.crew.sliced else planned:
+            expect(self.site.source, one.spec.name)
 
     def _is_coded(self, expert: int) -> bool:
         return all(is_coded(self.parts, one, self.site.engine) for one in self._matrices(expert))

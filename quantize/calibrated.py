@@ -7,7 +7,7 @@ block it was in, from the same numbers.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -20,7 +20,7 @@ from torch import Tensor
 from r1q.calibration.expert_stages import Coverage
 from r1q.calibration.stages import BlockWalk, Streams
 from r1q.core import journal
-from r1q.core.checkpoint import QuantizedCheckpoint, TensorRecord
+from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import InputError
 from r1q.core.files import TEMP_PREFIX, sha256_file, writing
 from r1q.core.journal import FinishedFile
@@ -34,6 +34,7 @@ from r1q.models.block_weights import BlockWeights
 from r1q.models.forward import RowReader, embed
 from r1q.models.rope import Rotation, rotation
 from r1q.quantize.block_coding import BlockCoding
+from r1q.quantize.block_file import writing_block
 from r1q.quantize.computing import computing, engine_dtype
 from r1q.quantize.crews import crew_of
 from r1q.quantize.engine import Engine
@@ -46,7 +47,6 @@ from r1q.quantize.run import (
     Request,
     block_files,
     stored_slabs,
-    write_block,
 )
 from r1q.quantize.source import FloatSource
 from r1q.quantize.tasks import ModelReader, Site
@@ -94,24 +94,28 @@ class Calibrated:
         else:
             self.resume(layer)
 
-    def block(self, layer: int, tensors: Sequence[PlannedTensor]) -> Generator[Event, None, BlockCoding]:
-        """Code the matrices of block `layer` and go behind it; an event follows each stage. Return what has the block's parts."""
+    def begin(self, layer: int, tensors: Sequence[PlannedTensor]) -> BlockCoding:
+        """Return what codes block `layer` and has its parts."""
         self.events.clear()
         site = Site.of(self.source, self.engine, self.folder)
         by_key = {tensor.spec.key: tensor for tensor in tensors}
         coding = BlockCoding(site=site, crew=self.crew, layer=layer, by_key=by_key, told=self.events)
         coding.parts.remove_leftovers()
+        return coding
+
+    def block(self, coding: BlockCoding) -> Iterator[Event]:
+        """Code the matrices of a block that is begun and go behind it; an event follows each stage."""
         walk = self._walk(coding)
         self.coverage = walk.coverage.tokens
         for stage in walk.stages(self._at):
             yield from coding.code(stage, walk.coded)
             del stage  # the next stage's statistics need the room
         if walk.routed is not None:
-            yield from coding.code_experts(walk.routed)
-            walk.routed.add_results(self._at)
+            yield from coding.code_experts(walk.routed, self._at)
         if not bool(torch.isfinite(self._at.coded).all()):
-            raise InputError(f"block {layer}, quantized, makes numbers that are not finite; keep more of it in float")
-        return coding
+            raise InputError(
+                f"block {coding.layer}, quantized, makes numbers that are not finite; keep more of it in float"
+            )
 
     def head_importance(self, norm: str) -> Floats:
         """Return the mean squared inputs [hidden_size] of the head, behind the norm of that name."""
@@ -230,18 +234,22 @@ def _write_file(
     store, coding = stored_slabs(run.source, request.importance), None
     if layer is not None:
         run.go_to(layer, finished)
-        coding = yield from run.block(layer, tensors)
+        coding = run.begin(layer, tensors)
         store = coding.store(store)
     elif any(tensor.spec.kind == "output" for tensor in tensors):
         run.go_to(run.source.config.num_layers, finished)
         norm = next(tensor.spec.name for tensor in tensors if tensor.spec.kind == "output_norm")
         store = stored_slabs(run.source, {"output.weight": run.head_importance(norm)})
-    done: list[TensorRecord] = []
-    yield from write_block(folder / file, tensors, store, done)
+    with writing_block(folder / file, tensors) as block:
+        for event in () if coding is None else run.block(coding):
+            yield event
+            if coding is not None and event.what == "stage":
+                yield from block.grow(store, coding.is_ready)
+        yield from block.grow(store)
     entry = FinishedFile(
         file=file,
-        sha256=sha256_file(folder / file),
-        records=tuple(done),
+        sha256=block.sha256,
+        records=tuple(block.records),
         events=() if layer is None else tuple(run.events),
         state="" if layer is None else run.save(layer + 1),
         coverage=() if layer is None else tuple(run.coverage),

@@ -15,6 +15,7 @@ from r1q.core.qtensor import Floats, QuantizedTensor
 from r1q.core.recipe import PlannedTensor
 from r1q.core.scheme import Scheme
 from r1q.core.tensors import TensorSpec
+from r1q.quantize.block_file import refuse_unfit
 from r1q.quantize.computing import engine_dtype
 from r1q.quantize.engine import Engine
 from r1q.quantize.gptq import gptq
@@ -22,7 +23,7 @@ from r1q.quantize.gptq.factor import Factor, factorize, shrink
 from r1q.quantize.parts import Parts
 from r1q.quantize.refine import refine
 from r1q.quantize.rtn import rtn
-from r1q.quantize.run import SLAB_WEIGHTS, refuse_unfit
+from r1q.quantize.run import SLAB_WEIGHTS
 from r1q.quantize.source import FloatSource
 from r1q.quantize.storing import Slab, some_rows, store_rows, values_of
 

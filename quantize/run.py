@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r1q.core import journal
-from r1q.core.checkpoint import FORMAT_VERSION, MANIFEST, SIDECAR, QuantizedCheckpoint, TensorRecord, stored_entry
-from r1q.core.errors import InputError
+from r1q.core.checkpoint import FORMAT_VERSION, MANIFEST, SIDECAR, QuantizedCheckpoint
 from r1q.core.files import atomic_path, remove_leftovers, sha256_file, write_json, writing
 from r1q.core.importance import row_slabs
 from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor, Recipe
-from r1q.core.safetensors_file import write_safetensors
+from r1q.quantize.block_file import Store, writing_block
 from r1q.quantize.engine import Engine
+from r1q.quantize.event import Event as Event
 from r1q.quantize.rtn import rtn
 from r1q.quantize.source import FloatSource
 from r1q.quantize.storing import Slab, store_rows
@@ -31,20 +29,6 @@ STATE_STEM = "hidden-"
 PARTS_STEM = "parts-"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """One step of a run. `what` is `kept` (a block file of `count` tensors from an earlier run), `stage` (a stage of a block is
-    coded), `note` (`name` says what was done otherwise than asked), `tensor`, `file`, `healing` (`count` steps of training are done),
-    `healed` (`name` says what came of it), `done` or `already done`.
-    """
-
-    what: str
-    name: str = ""
-    count: int = 0
-    record: TensorRecord | None = None
-
-
-Store = Callable[[PlannedTensor], Iterable[Slab]]
 Finished = MutableMapping[str, journal.FinishedFile]
 
 
@@ -140,10 +124,10 @@ def _write_files(source: FloatSource, request: Request, folder: Path, finished: 
         if file in finished:
             yield Event(what="kept", name=file, count=len(tensors))
             continue
-        done: list[TensorRecord] = []
         store = request.store or stored_slabs(source, request.importance)
-        yield from write_block(folder / file, tensors, store, done)
-        finished[file] = journal.FinishedFile(file=file, sha256=sha256_file(folder / file), records=tuple(done))
+        with writing_block(folder / file, tensors) as block:
+            yield from block.grow(store)
+        finished[file] = journal.FinishedFile(file=file, sha256=block.sha256, records=tuple(block.records))
         journal.append(folder, finished[file])
         yield Event(what="file", name=file)
 
@@ -157,17 +141,6 @@ def block_files(planned: Sequence[PlannedTensor]) -> dict[str, list[PlannedTenso
         stem = outside if spec.layer is None else f"block-{spec.layer:05d}"
         files.setdefault(f"{stem}.safetensors", []).append(tensor)
     return files
-
-
-def write_block(
-    path: Path, tensors: Sequence[PlannedTensor], store: Store, done: list[TensorRecord]
-) -> Iterator[Event]:
-    """Write one block file of what `store` makes of each tensor, appending its records to `done`; an event follows each."""
-    entries = [stored_entry(tensor) for tensor in tensors]
-    pieces = (piece for tensor in tensors for piece in _recorded(tensor, store(tensor), path.name, done))
-    write_safetensors(path, entries, pieces, metadata={"format": "r1q"})
-    for record in done:
-        yield Event(what="tensor", name=record.spec.name, count=1, record=record)
 
 
 def stored_slabs(source: FloatSource, importance: Mapping[str, Floats]) -> Store:
@@ -184,38 +157,6 @@ def stored_slabs(source: FloatSource, importance: Mapping[str, Floats]) -> Store
             yield from found
 
     return store
-
-
-def _recorded(planned: PlannedTensor, slabs: Iterable[Slab], file: str, done: list[TensorRecord]) -> Iterator[bytes]:
-    """Yield a tensor's stored bytes slab by slab; at the end append its record."""
-    digest = hashlib.sha256()
-    squared_error = squared_weight = 0.0
-    for slab in slabs:
-        squared_error += slab.squared_error
-        squared_weight += slab.squared_weight
-        data = slab.stored.tobytes()
-        digest.update(data)
-        yield data
-    refuse_unfit(planned, squared_error)
-    error = math.sqrt(squared_error / squared_weight) if squared_weight else 0.0
-    done.append(
-        TensorRecord(
-            spec=planned.spec,
-            scheme=planned.scheme,
-            wanted=planned.wanted,
-            file=file,
-            sha256=digest.hexdigest(),
-            error=error,
-        )
-    )
-
-
-def refuse_unfit(planned: PlannedTensor, squared_error: float) -> None:
-    """Raise `InputError` with the tensor's name where what is stored of it is not finite."""
-    if not math.isfinite(squared_error):
-        raise InputError(
-            f"{planned.spec.name}: a value does not fit {planned.scheme} (not finite once stored); keep it in bf16 or f32"
-        )
 
 
 def _copy_sidecars(source: FloatSource, folder: Path) -> None:

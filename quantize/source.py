@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,20 @@ class FloatSource(Protocol):
     def sidecars(self) -> Sequence[Path]:
         """Return the files beside the weights that a finished model needs."""
         ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source that can have a tensor read from the disk before it is asked for."""
+
+    def expect(self, name: str) -> None:
+        """Have the system read the tensor `name` into its memory meanwhile."""
+
+
+def expect(source: FloatSource, name: str) -> None:
+    """Tell a source which tensor is asked for soon, if it makes anything of that."""
+    if isinstance(source, ReadsAhead):
+        source.expect(name)
 
 
 def sum_of_squares(values: Floats) -> float:

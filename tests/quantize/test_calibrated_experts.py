@@ -78,7 +78,7 @@ def walked(source: ModelSource, layer: int, streams: Streams, coverage: Coverage
         stage, squares = second_stage(lesson, walk.coded, weights, torch.float32)
         walk.routed.learn(squares, lesson.count)
         yield stage
-    walk.routed.add_results(streams)
+        walk.routed.add_results(expert, streams)
     assert not [key for key in walk.coded if "exps" in key]
 
 
