@@ -27,10 +27,12 @@ def plan(formats: str, tensors: bool, as_json: bool, **options: Any) -> None:
     """
     import json
 
+    from r1q.core.allocator import return_freed_memory
     from r1q.plan.job import Job, open_job, plan_job
     from r1q.plan.outlook import outlook
     from r1q.plan.render import make_console, show_outlook, show_plan
 
+    return_freed_memory()  # as a run does: it decides how fast arrays are had
     opened = open_job(Job(formats=asked_formats(formats, options["scheme"]), **options), progress=not as_json)
     planned = plan_job(opened)
     found = outlook(opened, planned)

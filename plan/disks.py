@@ -1,4 +1,4 @@
-"""How fast the disks of a run are, and what they add to its time."""
+"""How fast the disks of a run are, and how long they are at it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import random
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from r1q.core.recipe import PlannedTensor
 from r1q.core.safetensors_file import NUMPY_DTYPES
 
 _PLACES, _READ, _TIMES, _WRITTEN = 16, 1 << 21, 5, 1 << 23
-_REREAD = 2  # a block's parts: for the forward pass, and for its file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,18 +26,17 @@ class Disks:
     read: float = math.inf
     written: float = math.inf
 
-    def seconds(self, tensors: Sequence[PlannedTensor], room: int) -> float:
-        """Return what they add to a calibrated run: weights are read once, and written twice, in parts and as a block's file.
+    def reading(self, tensors: Sequence[PlannedTensor]) -> float:
+        """Return the seconds that weights of blocks take to be read, once; a run computes meanwhile."""
+        size = sum(
+            one.spec.size * NUMPY_DTYPES[one.spec.dtype].itemsize for one in tensors if one.spec.layer is not None
+        )
+        return size / self.read
 
-        Parts are read again out of the system's memory, or, where a block's are more than `room` bytes, from the disk.
-        """
-        read, blocks = 0, Counter[int]()
-        for tensor in tensors:
-            if tensor.spec.layer is not None:
-                read += tensor.spec.size * NUMPY_DTYPES[tensor.spec.dtype].itemsize
-                blocks[tensor.spec.layer] += tensor.scheme.row_bytes(tensor.spec.columns) * tensor.spec.rows
-        again = _REREAD * sum(size for size in blocks.values() if size > room)
-        return (read + again) / self.read + 2 * blocks.total() / self.written
+    def writing(self, tensors: Sequence[PlannedTensor], states: int) -> float:
+        """Return the seconds that blocks take to be written, in parts and as files, and `states` bytes of hidden states once."""
+        size = sum(t.scheme.row_bytes(t.spec.columns) * t.spec.rows for t in tensors if t.spec.layer is not None)
+        return (2 * size + states) / self.written
 
 
 def probe_disks(model: Path, output: Path) -> Disks:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from r1q.plan.disks import probe_disks
 from r1q.plan.healing import HEALING_COPIES, healing_parts, healing_work
 from r1q.plan.job import OpenedJob, job_folder, planned_engine, refuse_little_memory, workload
-from r1q.plan.memory import ceiling, memory_parts, rounding_parts, tell
+from r1q.plan.memory import memory_parts, rounding_parts, tell
 from r1q.plan.plan import Plan
 from r1q.quantize.engine import Engine
 
@@ -53,13 +53,13 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
         hidden = 2 * 4 * tokens * config.hidden_size * (2 if engine.exact_stream else 1) + plan.block_bytes
         hidden = max(hidden, HEALING_COPIES * plan.bytes if engine.heal else 0)
         if timed:
-            seconds = _seconds(opened, plan, engine, ceiling(job.max_ram) - sum(parts.values()))
+            seconds = _seconds(opened, plan, engine)
     disk = sum(sizes.values()) + hidden
     return Outlook(bytes=sizes, disk=disk, memory=sum(parts.values()), parts=parts, spilled=spilled, seconds=seconds)
 
 
-def _seconds(opened: OpenedJob, plan: Plan, engine: Engine, room: int) -> float | None:
-    """Return the time of a calibrated run that leaves the system `room` bytes; None where no matrix is coded.
+def _seconds(opened: OpenedJob, plan: Plan, engine: Engine) -> float | None:
+    """Return the time of a calibrated run, None where no matrix is coded.
 
     For a process that has done nothing else: what it has loaded by now, the run loads too.
     """
@@ -70,9 +70,12 @@ def _seconds(opened: OpenedJob, plan: Plan, engine: Engine, room: int) -> float 
         return None
     job, source = opened.job, opened.model.source
     found = pace.probe(engine, *main)
-    counted = pace.seconds(source.config, plan.tensors, engine, job.samples * job.seq_len, job.seq_len, found)
-    counted += probe_disks(source.path, job_folder(job, plan)).seconds(plan.tensors, room)
-    seconds = _UNCOUNTED * counted + loaded
+    tokens, config, disks = job.samples * job.seq_len, source.config, probe_disks(source.path, job_folder(job, plan))
+    computed = _UNCOUNTED * pace.seconds(config, plan.tensors, engine, tokens, job.seq_len, found)
+    # Weights are read while others are coded.
+    seconds = max(computed, disks.reading(plan.tensors)) + loaded
+    states = 4 * tokens * config.hidden_size * config.num_layers * (1 + engine.exact_stream)
+    seconds += disks.writing(plan.tensors, states) + states / found.hashed
     if engine.heal:
         products, exact = healing_work(workload(opened, plan), engine)
         seconds += products / found.products + exact / found.exact_products

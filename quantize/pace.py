@@ -35,7 +35,7 @@ _SIDE, _TOKENS, _ROWS = 1024, 2048, 4096
 _SECONDS = 0.5
 _BLOCK = (128, 128)
 _SPREAD = 0.5
-_PASSED = 2.5  # norms that take as long as what else is done to a number that a matrix reads or makes (fitted to runs of 135M)
+_PASSED = 1.6  # norms that take as long as what else is done to a number that a matrix reads or makes (counted in a run of 135M)
 _ATTENDED = 6.5  # multiply-adds of a product that take as long as one position seen by one number of a head
 _HASHED = 6  # times that a stored byte is: in its part, at each of the part's readings, of its tensor, of its file
 _SHARE, _MOST = 0.02, 4  # a grid that fewer weights have is not probed, nor more grids than this
@@ -140,11 +140,11 @@ def _read(codes: NDArray[Any], scales: Floats) -> None:
 
 
 def main_schemes(tensors: Sequence[PlannedTensor]) -> tuple[list[Scheme], str] | None:
-    """Return the grids that most weights of the blocks are coded in, and the dtype most are stored in; None where nothing is coded."""
+    """Return the grids that most weights are coded in, and the dtype most are stored in; None where nothing is coded."""
     sizes: Counter[Scheme] = Counter()
     dtypes: Counter[str] = Counter()
     for tensor in tensors:
-        if tensor.spec.layer is not None and tensor.spec.is_matrix and tensor.scheme.facts.family != "float":
+        if tensor.spec.is_matrix and tensor.scheme.facts.family != "float":
             sizes[tensor.scheme] += tensor.spec.size
             dtypes[tensor.spec.dtype] += tensor.spec.size
     if not sizes:
@@ -176,7 +176,8 @@ def seconds(
     passed = _PASSED * sum(part.sent * (part.spec.rows + part.spec.columns) for part in parts)
     walks = tokens * (1 + engine.exact_stream)
     forward_rest = walks * (_ATTENDED * length * mixed / pace.products + passed / pace.normalized)
-    return products + forward_rest + sum(part.coding(pace, engine) for part in parts)
+    outside = [_Part(t.spec, t.scheme, 0.0, 0.0, 0.0) for t in tensors if t.spec.is_matrix and t.spec.layer is None]
+    return products + forward_rest + sum(part.coding(pace, engine) for part in [*parts, *outside])
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +206,8 @@ class _Part:
 
     def coding(self, pace: Pace, engine: Engine) -> float:
         """Return the seconds of all that is done to the weights but products: read, coded, stored, read again for the forward pass."""
-        grid, read = pace.of(self.scheme), (1 + engine.exact_stream) / pace.read
+        # The float model that runs beside is blocks alone.
+        grid, read = pace.of(self.scheme), (1 + (engine.exact_stream and self.spec.layer is not None)) / pace.read
         coding = self.fitted * (1 / grid.coded + engine.passes / grid.refined) + (1 - self.fitted) / grid.rounded
         hashed = _HASHED * self.scheme.row_bytes(self.spec.columns) / self.spec.columns / pace.hashed
         # An expert's first two matrices are made of what is stored for the third one's inputs, and again for the block's results.

@@ -133,13 +133,18 @@ def _write_files(source: FloatSource, request: Request, folder: Path, finished: 
 
 
 def block_files(planned: Sequence[PlannedTensor]) -> dict[str, list[PlannedTensor]]:
-    """Return the tensors of each block file, in model order."""
+    """Return the tensors of each block file, as they follow each other there: in model order, but routed experts one by one, last.
+
+    So they are coded, and the file can grow meanwhile; models list the same matrix of all experts together.
+    """
     files: dict[str, list[PlannedTensor]] = {}
     for tensor in planned:
         spec = tensor.spec
         outside = "embedding" if spec.kind == "token_embd" else "head"
         stem = outside if spec.layer is None else f"block-{spec.layer:05d}"
         files.setdefault(f"{stem}.safetensors", []).append(tensor)
+    for tensors in files.values():
+        tensors.sort(key=lambda tensor: -1 if tensor.spec.expert is None else tensor.spec.expert)
     return files
 
 
@@ -171,7 +176,8 @@ def _copy_sidecars(source: FloatSource, folder: Path) -> None:
 def _write_manifest(
     folder: Path, job: Mapping[str, object], request: Request, finished: Sequence[journal.FinishedFile]
 ) -> None:
-    records = [record for entry in finished for record in entry.records]
+    found = {record.spec.name: record for entry in finished for record in entry.records}
+    records = [found[tensor.spec.name] for tensor in request.planned]
     sidecars = sorted((folder / SIDECAR).iterdir())
     fell_back = [record for record in records if record.wanted != record.scheme.grid]
     events = [

@@ -39,6 +39,16 @@ def store(folder: Path, tensors: Tensors) -> None:
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
+def fuse(tensors: Tensors) -> Tensors:
+    """Return the experts of the second layer in two stacks."""
+    stem = "model.layers.1.mlp.experts."
+    parts = {
+        p: torch.stack([tensors.pop(f"{stem}{e}.{p}_proj.weight") for e in range(8)]) for p in ("gate", "up", "down")
+    }
+    both = torch.cat((parts["gate"], parts["up"]), dim=1)
+    return tensors | {f"{stem}gate_up_proj": both, f"{stem}down_proj": parts["down"]}
+
+
 def to_fp8(tensors: Tensors) -> Tensors:
     """Return linear layers as 8-bit floats with a scale for every block, as DeepSeek stores them; a slow loop over blocks."""
     found: Tensors = {}
@@ -125,13 +135,7 @@ def test_both_halves_of_kv_b_are_read_in_any_slab(fp8: Path) -> None:
 def test_fused_experts_are_the_same_experts(folder: Path, tmp_path: Path) -> None:
     split = ModelSource.open(folder)
     wanted = {spec.name: split.read_rows(spec.name, 0, spec.rows) for spec in split.tensors}
-    tensors = weights_of(folder)
-    stem = "model.layers.1.mlp.experts."
-    parts = {
-        p: torch.stack([tensors.pop(f"{stem}{e}.{p}_proj.weight") for e in range(8)]) for p in ("gate", "up", "down")
-    }
-    tensors[f"{stem}gate_up_proj"] = torch.cat((parts["gate"], parts["up"]), dim=1)
-    tensors[f"{stem}down_proj"] = parts["down"]
+    tensors = fuse(weights_of(folder))
     store(folder, tensors)
     fused = ModelSource.open(folder)
     assert [spec.name for spec in fused.tensors] == list(wanted)
@@ -264,3 +268,47 @@ def test_an_index_as_large_as_that_of_r1_is_read(folder: Path) -> None:
     assert (folder / "model.safetensors.index.json").stat().st_size > 9_000_000
     with pytest.raises(InputError, match="places in None"):
         ModelSource.open(folder)
+
+
+def _asked(monkeypatch: pytest.MonkeyPatch, source: ModelSource, name: str) -> list[tuple[int, int]]:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "os.posix_fadvise", lambda _, start, size, advice: asked.append((start, start + size)), raising=False
+    )
+    source.expect(name)
+    return asked
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_is_expected_is_just_where_a_tensor_lies(
+    folder: Path, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = weights_of(folder)[EXPERT].contiguous().view(torch.uint8).numpy().tobytes()
+    if fused:
+        store(folder, fuse(weights_of(folder)))
+    ((start, stop),) = _asked(monkeypatch, ModelSource.open(folder), EXPERT)
+    assert (folder / "model.safetensors").read_bytes()[start:stop] == wanted
+
+
+def test_of_a_half_the_whole_is_expected(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ModelSource.open(folder)
+    halves = [_asked(monkeypatch, source, KV_B.replace("kv_b", half)) for half in ("k_b", "v_b")]
+    assert halves[0] == halves[1]
+    whole = weights_of(folder)[KV_B]
+    assert sum(stop - start for start, stop in halves[0]) == whole.numel() * whole.element_size()
+
+
+def test_what_is_expected_is_asked_for_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a call for more than about half a megabyte Linux reads no more."""
+    from r1q.core.safetensors_file import SafetensorsFile, write_safetensors
+
+    write_safetensors(tmp_path / "x", [("w", "U8", (3, 1 << 20))], [np.zeros((3, 1 << 20), np.uint8)])
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda _, start, size, advice: asked.append((start, size)), raising=False)
+    with SafetensorsFile.open(tmp_path / "x") as file:
+        file.expect("w", 1, 3)
+        first = file.tensors["w"].start + (1 << 20)
+    assert asked == [(first + piece * (1 << 19), 1 << 19) for piece in range(4)]
+    monkeypatch.delattr("os.posix_fadvise")  # macOS, Windows
+    with SafetensorsFile.open(tmp_path / "x") as file:
+        file.expect("w", 0, 3)

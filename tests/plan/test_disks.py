@@ -21,12 +21,10 @@ def test_weights_are_read_once_and_written_twice(make_model: Callable[..., Path]
     ]
     weights = sum(t.spec.size for t in tensors)
     written = 2 * weights + 2 * sum(t.spec.size for t in tensors if not t.spec.is_matrix)  # norms stay in float32
-    assert Disks(read=2.0).seconds(tensors, room=written) == weights  # stored in bfloat16
-    assert Disks(written=2.0).seconds(tensors, room=written) == written
-    assert Disks().seconds(tensors, room=0) == 0
-    # Blocks that the system has no memory for are read again, twice.
-    assert Disks(read=2.0).seconds(tensors, room=written // 2) == weights
-    assert Disks(read=2.0).seconds(tensors, room=written // 2 - 1) == weights + written
+    assert Disks(read=2.0).reading(tensors) == weights  # stored in bfloat16
+    assert Disks(written=2.0).writing(tensors, 0) == written
+    assert Disks(written=2.0).writing(tensors, 10) == written + 5
+    assert Disks().reading(tensors) == Disks().writing(tensors, 10) == 0
 
 
 def test_they_are_measured_and_nothing_is_left(make_model: Callable[..., Path], tmp_path: Path) -> None:
