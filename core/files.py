@@ -53,24 +53,33 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success flush and rename it to `path`, on failure remove it.
 
-    Raises `ResourceError` for a full disk and `UsageError` for a folder that cannot be written.
+    Raises `ResourceError` for a full disk and `UsageError` for a folder that cannot be written; errors of the enclosed code pass.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=TEMP_PREFIX, dir=path.parent)
         os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
+    temporary = Path(name)
+    try:
+        yield temporary
+        with writing(path):
             _flush(temporary)
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
             _flush(path.parent)
-        finally:
+    finally:
+        with writing(path):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Do as `replacing`, for enclosed code that writes and does nothing else: its errors are explained as those of the rest."""
+    with replacing(path) as temporary, writing(path):
+        yield temporary
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r1q.core.errors import InputError
-from r1q.core.files import atomic_write
+from r1q.core.files import replacing, writing
 
 Array = NDArray[Any]
 Chunk = bytes | bytearray | memoryview | Array
@@ -217,7 +217,8 @@ class SafetensorsWriter:
             raise ValueError(f"{self._path}: {self._left} bytes fewer than the {self._size} that the header promises")
 
     def _put(self, data: memoryview) -> None:
-        self._file.write(data)
+        with writing(self._path):
+            self._file.write(data)
         if self._digest is not None:
             self._digest.update(data)
 
@@ -230,13 +231,19 @@ def writing_safetensors(
 
     `entries` are (name, dtype, shape) in the order of the data. The header, padded to 8 bytes, comes first; as the format allows no
     holes, put wide dtypes before narrow ones where others shall map the file. `digest` gets every byte of the file.
-    Raises `ValueError` when data and entries disagree, `ResourceError` for a full disk.
+    Raises `ValueError` when data and entries disagree, `ResourceError` for a full disk; errors of the enclosed code pass.
     """
     header, size = _header(entries, metadata or {})
-    with atomic_write(path) as file:
-        writer = SafetensorsWriter(path, file, header, size, digest)
-        yield writer
-        writer.finish()
+    with replacing(path) as temporary:
+        with writing(path):
+            file = open(temporary, "wb")  # noqa: SIM115  # closed below: what is still to be written may not fit the disk
+        try:
+            writer = SafetensorsWriter(path, file, header, size, digest)
+            yield writer
+            writer.finish()
+        finally:
+            with writing(path):
+                file.close()
 
 
 def write_safetensors(

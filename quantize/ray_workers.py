@@ -47,13 +47,9 @@ class RayCrew:
             import ray
         except ImportError as error:
             raise MissingError(f"--workers ray needs Ray ({error}): pip install 'r1q[ray]'") from None
-        self._ray, self._cpus, self._ours = ray, engine.threads, not ray.is_initialized()
+        self._ray, self._cpus, self._ours, self._address = ray, engine.threads, not ray.is_initialized(), address
         if self._ours:
-            try:
-                ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
-            except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
-                why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise MissingError(f"no Ray answers at {address}: {why}; start one, or take --workers N") from error
+            self._join(address)
         self._remote = ray.remote(num_cpus=engine.threads, max_retries=TRIES - 1)(_perform)
         if not self._places():
             self.close()
@@ -69,7 +65,31 @@ class RayCrew:
         """Do nothing: Ray drops what nobody refers to."""
 
     def do(self, site: Site, calls: Iterable[tuple[Task, Any]]) -> Iterator[Task]:
-        """Do tasks wherever there is a place and yield them in order, as `workers.Crew` says."""
+        """Do tasks wherever there is a place and yield them in order, as `workers.Crew` says.
+
+        Raises `ResourceError` where the cluster is gone, besides.
+        """
+        try:
+            yield from self._do(site, calls)
+        except ConnectionError as error:
+            raise ResourceError(
+                f"the Ray at {self._address} is gone: {_said(error)}; start it, and the same command goes on"
+            ) from error
+
+    def _join(self, address: str) -> None:
+        for tried in range(TRIES):
+            try:
+                self._ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
+                return
+            except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
+                # The server for clients forks a process for each, which at times dies of the fork: another one may live.
+                if isinstance(error, ConnectionAbortedError) and tried + 1 < TRIES:
+                    continue
+                raise MissingError(
+                    f"no Ray answers at {address}: {_said(error)}; start one, or take --workers N"
+                ) from error
+
+    def _do(self, site: Site, calls: Iterable[tuple[Task, Any]]) -> Iterator[Task]:
         packed = self._ray.put(pickle.dumps(site))
         coming, running = iter(calls), deque[tuple[Task, Any]]()
         try:
@@ -111,6 +131,11 @@ class RayCrew:
         """Return how many tasks the machines that are there can do at once."""
         machines = [node.get("Resources", {}) for node in self._ray.nodes() if node.get("Alive")]
         return sum(int(resources.get("CPU", 0)) // self._cpus for resources in machines)
+
+
+def _said(error: Exception) -> str:
+    """Return the first line of an error of Ray's, some of which have a page."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _packed(array: Tensor) -> tuple[NDArray[np.uint8], str, tuple[int, ...]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,14 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from r1q.core.errors import InputError
-from r1q.core.safetensors_file import MAX_HEADER_BYTES, NUMPY_DTYPES, SafetensorsFile, write_safetensors
+from r1q.core.errors import InputError, ResourceError
+from r1q.core.safetensors_file import (
+    MAX_HEADER_BYTES,
+    NUMPY_DTYPES,
+    SafetensorsFile,
+    write_safetensors,
+    writing_safetensors,
+)
 
 TENSORS: dict[str, np.ndarray[Any, Any]] = {
     "bytes": np.arange(7, dtype=np.uint8),
@@ -286,3 +294,26 @@ def test_threads_may_share_a_file(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         read = list(pool.map(lambda row: file.read_rows("rows", row, row + 1), range(1000)))
     np.testing.assert_array_equal(np.concatenate(read), rows)
+
+
+def test_an_error_of_whoever_makes_the_data_is_not_taken_for_one_of_writing(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError, match="far away"), writing_safetensors(tmp_path / "x", [("a", "U8", (2,))]):
+        raise ConnectionError("far away")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk here is always full")
+def test_a_full_disk_is_told_even_when_the_last_bytes_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a file's buffer holds is written when it is closed."""
+
+    @contextlib.contextmanager
+    def full(path: Path) -> Iterator[Path]:
+        yield Path("/dev/full")
+
+    monkeypatch.setattr("r1q.core.safetensors_file.replacing", full)
+    with pytest.raises(ResourceError, match="the disk is full while writing .*x; free space"):
+        write_safetensors(tmp_path / "x", [("a", "U8", (2,))], [b"ab"])
+    with pytest.raises(ResourceError, match="the disk is full"):
+        write_safetensors(tmp_path / "x", [("a", "U8", (1 << 20,))], [bytes(1 << 20)])
