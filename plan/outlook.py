@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from r1q.plan.disks import probe_disks
+from r1q.plan.effort import workers_beside
 from r1q.plan.healing import HEALING_COPIES, healing_parts, healing_work
 from r1q.plan.job import OpenedJob, job_folder, planned_engine, refuse_little_memory, workload
 from r1q.plan.memory import memory_parts, rounding_parts, tell
@@ -71,7 +72,8 @@ def _seconds(opened: OpenedJob, plan: Plan, engine: Engine) -> float | None:
     job, source = opened.job, opened.model.source
     found = pace.probe(engine, *main)
     tokens, config, disks = job.samples * job.seq_len, source.config, probe_disks(source.path, job_folder(job, plan))
-    computed = _UNCOUNTED * pace.seconds(config, plan.tensors, engine, tokens, job.seq_len, found)
+    workers = max(1, workers_beside(job))
+    computed = _UNCOUNTED * pace.seconds(config, plan.tensors, engine, tokens, job.seq_len, found, workers)
     # Weights are read while others are coded.
     seconds = max(computed, disks.reading(plan.tensors)) + loaded
     states = 4 * tokens * config.hidden_size * config.num_layers * (1 + engine.exact_stream)

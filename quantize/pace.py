@@ -154,30 +154,49 @@ def main_schemes(tensors: Sequence[PlannedTensor]) -> tuple[list[Scheme], str] |
 
 
 def seconds(
-    config: ModelConfig, tensors: Sequence[PlannedTensor], engine: Engine, tokens: int, length: int, pace: Pace
+    config: ModelConfig,
+    tensors: Sequence[PlannedTensor],
+    engine: Engine,
+    tokens: int,
+    length: int,
+    pace: Pace,
+    workers: int = 1,
 ) -> float:
     """Return the time of a calibrated run on `tokens` in windows of `length`: forward passes, statistics, factors, all coding.
 
-    How many experts see tokens enough for second moments nobody knows before: see `_chance`.
+    Coding, and all of an expert's statistics, is shared by so many `workers`, of which each goes at this pace. How many experts see
+    tokens enough for second moments nobody knows before: see `_chance`.
     """
     parts = [_Part.of(config, t, engine, tokens) for t in tensors if t.spec.is_matrix and t.spec.layer is not None]
-    first = [part for part in parts if part.spec.kind in _FIRST]  # one of each group that reads the same
-    moments = sum(part.fitted * part.seen * part.spec.columns**2 for part in first)
-    cubes = sum(part.fitted * part.spec.columns**3 for part in first)
-    run = sum(part.sent * part.spec.size for part in parts)
+    experts = [part for part in parts if part.spec.expert is not None]
+    others = [part for part in parts if part.spec.expert is None]
+    outside = [_Part(t.spec, t.scheme, 0.0, 0.0, 0.0) for t in tensors if t.spec.is_matrix and t.spec.layer is None]
+    alone = _passes(parts, engine, tokens, length, pace) + _statistics(others, engine, tokens, pace)
+    alone += sum(part.coding(pace, engine) for part in outside)
     feedback = sum(part.fitted * part.spec.size * part.spec.columns for part in parts)
-    forward = tokens * (run + 0.6 * moments)
-    if engine.exact_stream:
-        forward += tokens * (1.3 * run + 0.7 * moments)
-        feedback += 2 * feedback
-    # K³/6 multiply-adds of a factorisation, at half the pace of a product.
-    products = forward / pace.products + (cubes / 3 + feedback / 2 * (1 + engine.passes)) / pace.exact_products
+    feedback *= (3 if engine.exact_stream else 1) * (1 + engine.passes) / 2
+    shared = _statistics(experts, engine, tokens, pace) + feedback / pace.exact_products
+    shared += sum(part.coding(pace, engine) for part in parts)
+    return alone + shared / workers
+
+
+def _passes(parts: Sequence[_Part], engine: Engine, tokens: int, length: int, pace: Pace) -> float:
+    """Return the time of forward passes: products, attention, and what is done to every number besides."""
+    run = sum(part.sent * part.spec.size for part in parts)
+    products = tokens * run * (2.3 if engine.exact_stream else 1)
     mixed = sum(part.spec.columns for part in parts if part.spec.kind == "attn_output")
     passed = _PASSED * sum(part.sent * (part.spec.rows + part.spec.columns) for part in parts)
     walks = tokens * (1 + engine.exact_stream)
-    forward_rest = walks * (_ATTENDED * length * mixed / pace.products + passed / pace.normalized)
-    outside = [_Part(t.spec, t.scheme, 0.0, 0.0, 0.0) for t in tensors if t.spec.is_matrix and t.spec.layer is None]
-    return products + forward_rest + sum(part.coding(pace, engine) for part in [*parts, *outside])
+    return (products + walks * _ATTENDED * length * mixed) / pace.products + walks * passed / pace.normalized
+
+
+def _statistics(parts: Sequence[_Part], engine: Engine, tokens: int, pace: Pace) -> float:
+    """Return the time of second moments, and of their factors."""
+    first = [part for part in parts if part.spec.kind in _FIRST]  # one of each group that reads the same
+    moments = sum(part.fitted * part.seen * part.spec.columns**2 for part in first)
+    cubes = sum(part.fitted * part.spec.columns**3 for part in first)
+    # K³/6 multiply-adds of a factorisation, at half the pace of a product.
+    return tokens * moments * (1.3 if engine.exact_stream else 0.6) / pace.products + cubes / 3 / pace.exact_products
 
 
 @dataclass(frozen=True, slots=True)

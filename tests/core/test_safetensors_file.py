@@ -313,7 +313,7 @@ def test_a_full_disk_is_told_even_when_the_last_bytes_do_not_fit(
         yield Path("/dev/full")
 
     monkeypatch.setattr("r1q.core.safetensors_file.replacing", full)
-    with pytest.raises(ResourceError, match="the disk is full while writing .*x; free space"):
+    with pytest.raises(ResourceError, match=r"the disk is full while writing .*x; free space"):
         write_safetensors(tmp_path / "x", [("a", "U8", (2,))], [b"ab"])
     with pytest.raises(ResourceError, match="the disk is full"):
         write_safetensors(tmp_path / "x", [("a", "U8", (1 << 20,))], [bytes(1 << 20)])

@@ -98,6 +98,19 @@ def test_experts_that_see_little_are_rounded_and_others_coded(sparse: ModelSourc
     assert weights(20, "coded", replace(ENGINE, experts="hybrid")) < 0.01
 
 
+def test_workers_share_what_is_coded_and_not_the_walk(sparse: ModelSource) -> None:
+    tensors = planned(sparse, "q4_0")
+
+    def times(rate: str, workers: int) -> float:
+        return seconds(sparse.config, tensors, ENGINE, 4000, 10, only(rate), workers)
+
+    outside = sum(t.spec.size for t in tensors if t.spec.is_matrix and t.spec.layer is None)
+    for rate, alone in {"stored": outside, "coded": 0, "normalized": times("normalized", 1)}.items():
+        assert times(rate, 4) - alone == pytest.approx((times(rate, 1) - alone) / 4), rate
+    # Second moments of experts are their workers' work, those of attention are not.
+    assert times("products", 1) / 4 < times("products", 4) < times("products", 1)
+
+
 def test_the_float_model_beside_is_read_too(sparse: ModelSource) -> None:
     tensors = planned(sparse, "q4_0")
     matrices = [tensor.spec for tensor in tensors if tensor.spec.is_matrix]
