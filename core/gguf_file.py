@@ -1,18 +1,22 @@
 """GgufFile: a bounds-checked reader of GGUF files; every defect is an `InputError` before native code sees the file.
 
-The header is walked once and nothing is copied: strings stay in the memory map until they are asked for, number arrays and
-tensors are views. The checks are those of llama.cpp's `gguf.cpp` and more: limits that come from the file's own size, caps on
-every count, the element types of arrays that the C code casts without looking, and (`core/gguf_checks.py`) hyper-parameters
-that agree with the tensors.
+The header is walked once and nothing of it is copied: strings stay in the memory map until they are asked for, number arrays are
+views. Tensors are read into fresh memory: mapped, a file would count page by page as the process's own.
+
+The checks are those of llama.cpp's `gguf.cpp` and more: limits that come from the file's own size, caps on every count, the element
+types of arrays that the C code casts without looking, and (`core/gguf_checks.py`) hyper-parameters that agree with the tensors.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+import threading
+import weakref
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn, overload
@@ -104,7 +108,7 @@ class GgufTensor:
         return math.prod(self.shape[:-1])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class GgufFile:
     """An opened GGUF file. `types` gives each key's stored type (`u32`, `str`, `arr[str]`)."""
 
@@ -114,27 +118,20 @@ class GgufFile:
     metadata: Mapping[str, Value]
     types: Mapping[str, str]
     tensors: Mapping[str, GgufTensor]
-    _data: Bytes
+    _file: FileIO
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @staticmethod
     def open(path: Path | str) -> GgufFile:
         """Open and check a GGUF file; raises `InputError` with the file, the defect and its place."""
         path = Path(path)
-        cursor = _Cursor(path, _map(path))
-        version, n_tensors, n_keys = _read_counts(cursor)
-        metadata, types = _read_metadata(cursor, n_keys)
-        alignment = _alignment(path, metadata, types)
-        tensors = _read_tensors(cursor, n_tensors, alignment)
-        file = GgufFile(
-            path=path,
-            version=version,
-            alignment=alignment,
-            metadata=MappingProxyType(metadata),
-            types=MappingProxyType(types),
-            tensors=MappingProxyType(tensors),
-            _data=cursor.data,
-        )
-        check(path, file.metadata, file.types, file.tensors)
+        data, handle = _open(path)
+        try:
+            file = _read(_Cursor(path, data), handle)
+        except BaseException:
+            handle.close()
+            raise
+        weakref.finalize(file, handle.close)
         return file
 
     @property
@@ -143,25 +140,55 @@ class GgufFile:
         return str(self.metadata.get("general.architecture", ""))
 
     def read_bytes(self, name: str) -> Bytes:
-        """Return a tensor's stored bytes [nbytes]: a read-only view of the file."""
+        """Return a tensor's stored bytes [nbytes]. Raises `InputError` where the file is shorter by now."""
         tensor = self.tensors[name]
-        return self._data[tensor.offset : tensor.offset + tensor.nbytes]
+        return self._read(tensor, tensor.offset, tensor.nbytes)
 
     def read_rows(self, name: str, start: int, stop: int) -> Bytes:
-        """Return the stored bytes [stop − start, row_bytes] of some rows: a read-only view of the file."""
+        """Return the stored bytes [stop − start, row_bytes] of some rows, as `read_bytes` does."""
         tensor = self.tensors[name]
-        return self.read_bytes(name).reshape(tensor.rows, -1)[start:stop]
+        row_bytes = tensor.nbytes // tensor.rows
+        found = self._read(tensor, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+        return found.reshape(stop - start, row_bytes)
+
+    def _read(self, tensor: GgufTensor, offset: int, size: int) -> Bytes:
+        with self._lock:
+            self._file.seek(offset)
+            found = np.fromfile(self._file, dtype=np.uint8, count=size)
+        if len(found) < size:
+            raise InputError(f"{self.path}: the file ends inside the data of tensor {tensor.name!r}; {_MEND}")
+        return found
 
 
-def _map(path: Path) -> Bytes:
+def _open(path: Path) -> tuple[Bytes, FileIO]:
+    """Return the file mapped, for its header, and open, for its tensors."""
     try:
         if not path.is_file():
             raise InputError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")
         if path.stat().st_size < 24:
             raise InputError(f"{path}: too short for a GGUF file ({path.stat().st_size} bytes); {_MEND}")
-        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        return data, FileIO(path, "r")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _read(cursor: _Cursor, handle: FileIO) -> GgufFile:
+    path = cursor.path
+    version, n_tensors, n_keys = _read_counts(cursor)
+    metadata, types = _read_metadata(cursor, n_keys)
+    alignment = _alignment(path, metadata, types)
+    tensors = _read_tensors(cursor, n_tensors, alignment)
+    check(path, metadata, types, tensors)
+    return GgufFile(
+        path=path,
+        version=version,
+        alignment=alignment,
+        metadata=MappingProxyType(metadata),
+        types=MappingProxyType(types),
+        tensors=MappingProxyType(tensors),
+        _file=handle,
+    )
 
 
 class _Cursor:
