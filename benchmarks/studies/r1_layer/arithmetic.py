@@ -129,8 +129,8 @@ def block(sparse: bool, tokens: int, length: int, rates: Rates, bits: float, num
         tasks, longest, count = tasks + EXPERTS * one, max(longest, one), count + EXPERTS
         weights += EXPERTS * EXPERT
         shared_out = tokens * USED * HIDDEN * number
-    # Weights are read in 8 bits, parts are written, read for the forward pass and for the block's file, which is written.
-    disk = weights * (1 + 4 * bits / 8)
+    # Weights are read in 8 bits, parts are written and read by the machine that leads, the block's file is written.
+    disk = weights * (1 + 3 * bits / 8)
     return Work(
         head=head,
         tasks=tasks,
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--exact-products", type=float, default=38e9, help="the same in float32, factors and feedback")
     parser.add_argument("--coded", type=float, default=5e6, help="weights coded a second and core")
     parser.add_argument(
-        "--read", type=float, default=130e6, help="weights a second and core, for each time they are read or written"
+        "--read", type=float, default=180e6, help="weights a second and core, for each time they are read or written"
     )
     parser.add_argument("--network", type=float, default=1.25e9, help="bytes a second of a machine's network")
     parser.add_argument("--disk", type=float, default=1e9, help="bytes a second of the shared disk")
