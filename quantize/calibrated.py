@@ -241,10 +241,11 @@ def _write_file(
         norm = next(tensor.spec.name for tensor in tensors if tensor.spec.kind == "output_norm")
         store = stored_slabs(run.source, {"output.weight": run.head_importance(norm)})
     with writing_block(folder / file, tensors) as block:
-        for event in () if coding is None else run.block(coding):
-            yield event
-            if coding is not None and event.what == "stage":
-                yield from block.grow(store, coding.is_ready)
+        if coding is not None:
+            for event in run.block(coding):
+                yield event
+                if event.what == "stage":
+                    yield from block.grow(store, coding.is_ready)
         yield from block.grow(store)
     entry = FinishedFile(
         file=file,
