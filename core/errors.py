@@ -54,7 +54,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Return the sentence for a name that is not in a table, with the nearest known names.
 
     >>> unknown_name("preset", "q4_km", ["q4_0", "q4_k_m"])
-    "no preset named 'q4_km'; did you mean q4_k_m? (known: q4_0, q4_k_m)"
+    "no preset named 'q4_km'; did you mean q4_k_m or q4_0? (known: q4_0, q4_k_m)"
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from r1q.core.tensors import TensorSpec
 from r1q.plan.plan import Plan
-from r1q.plan.render import show_exported
+from r1q.plan.render import duration, show_exported
 from r1q.plan.walk import Exported
 from r1q.quantize.run import Event, block_files
 
@@ -78,7 +78,7 @@ class Work:
     def told(self) -> str:
         """Return where the run is, in a line: block, share, time left, memory."""
         left = self.seconds_left
-        rest = "" if left is None else f", about {_duration(left)} left"
+        rest = "" if left is None else f", about {duration(left)} left"
         memory = psutil.Process().memory_info().rss / 1e6
         return f"block {self.block} of {self.blocks}, {100 * self.share:.0f} %{rest}, {memory:.0f} MB of memory"
 
@@ -120,9 +120,3 @@ def show_run(console: Console, events: Iterator[Event | Exported], plan: Plan, *
     for result in results:
         show_exported(console, result)
     return [result.path for result in results]
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d} h" if hours else f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"

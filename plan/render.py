@@ -58,11 +58,21 @@ def show_outlook(console: Console, found: Outlook) -> None:
     if found.spilled:
         console.print("  hidden states go to files, to stay within the limit", highlight=False)
     if found.seconds is not None:
-        console.print(f"time: about {_duration(found.seconds)} on this machine", highlight=False)
+        console.print(f"time: about {duration(found.seconds)} on this machine", highlight=False)
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+def duration(seconds: float) -> str:
+    """Return a time that is not known to the second, as people say it.
+
+    >>> duration(100), duration(619.3), duration(19_800), duration(329_820)
+    ('100 s', '10 min', '5.5 h', '92 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
 
 
 def show_calibration(console: Console, steps: Iterator[Done]) -> Path:

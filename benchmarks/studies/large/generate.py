@@ -4,9 +4,9 @@ Weights are normal, with log-normal scales by input column and a few columns ten
 stream stays finite. The tokenizer is the embedded model's; its ids are the first of the vocabulary.
 """
 
+import argparse
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def values(name: str, shape: tuple[int, ...], random: np.random.Generator) -> It
         yield to_bfloat16(random.standard_normal((count, columns), dtype=np.float32) * scale).tobytes()
 
 
-def main(folder: Path, layers: int = 28) -> None:
+def main(folder: Path, layers: int) -> None:
     """Write the checkpoint."""
     folder.mkdir(parents=True)
     for path in EMBEDDED.iterdir():
@@ -82,4 +82,8 @@ def main(folder: Path, layers: int = 28) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="new")
+    parser.add_argument("layers", type=int, nargs="?", default=28)
+    asked = parser.parse_args()
+    main(asked.folder, asked.layers)

@@ -3,9 +3,9 @@
 Usage: random_moe.py FOLDER [EXPERTS]. Two layers, 1,024 wide, experts of 512; 64 of them are 201 million weights.
 """
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,4 +64,8 @@ def main(folder: Path, experts: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 64)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="new")
+    parser.add_argument("experts", type=int, nargs="?", default=64)
+    asked = parser.parse_args()
+    main(asked.folder, asked.experts)
