@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -107,6 +108,17 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(_HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def fill(file: FileIO, start: int, room: memoryview) -> bool:
+    """Read bytes of a file from `start` on until `room` is full; return whether there were so many."""
+    file.seek(start)
+    while room:
+        count = file.readinto(room)
+        if not count:
+            return False
+        room = room[count:]
+    return True
 
 
 def remove_leftovers(folder: Path) -> None:

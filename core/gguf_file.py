@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r1q.core.errors import InputError
+from r1q.core.files import fill
 from r1q.core.gguf_checks import check
 from r1q.core.gguf_types import ARRAY, BOOL, DEFAULT_ALIGNMENT, MAGIC, SCALARS, STRING, TENSOR_TYPES, VERSIONS
 
@@ -127,7 +128,7 @@ class GgufFile:
         path = Path(path)
         data, handle = _open(path)
         try:
-            file = _read(_Cursor(path, data), handle)
+            file = _parse(_Cursor(path, data), handle)
         except BaseException:
             handle.close()
             raise
@@ -152,10 +153,10 @@ class GgufFile:
         return found.reshape(stop - start, row_bytes)
 
     def _read(self, tensor: GgufTensor, offset: int, size: int) -> Bytes:
+        found = np.empty(size, dtype=np.uint8)
         with self._lock:
-            self._file.seek(offset)
-            found = np.fromfile(self._file, dtype=np.uint8, count=size)
-        if len(found) < size:
+            whole = fill(self._file, offset, found.data)
+        if not whole:
             raise InputError(f"{self.path}: the file ends inside the data of tensor {tensor.name!r}; {_MEND}")
         return found
 
@@ -173,7 +174,7 @@ def _open(path: Path) -> tuple[Bytes, FileIO]:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
-def _read(cursor: _Cursor, handle: FileIO) -> GgufFile:
+def _parse(cursor: _Cursor, handle: FileIO) -> GgufFile:
     path = cursor.path
     version, n_tensors, n_keys = _read_counts(cursor)
     metadata, types = _read_metadata(cursor, n_keys)

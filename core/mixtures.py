@@ -51,6 +51,11 @@ def more_bits(index: int, count: int) -> bool:
     return index < count // 8 or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
 
 
+def never_coded(spec: TensorSpec) -> bool:
+    """Return whether a tensor stays in floats whatever the recipe: norms, biases, routers."""
+    return not spec.is_matrix or spec.kind in ROUTERS
+
+
 Choice = Callable[[int, ModelShape], str]
 ROUTERS = ("ffn_gate_inp",)
 """Kinds of matrices that no preset quantizes."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from r1q.core.errors import InputError, UsageError, unknown_name
 from r1q.core.files import is_bare_name
-from r1q.core.mixtures import EXPERT_MIXTURES, MIXTURES, ROUTERS, ModelShape, fallback_grid, mixture_grid
+from r1q.core.mixtures import EXPERT_MIXTURES, MIXTURES, ROUTERS, ModelShape, fallback_grid, mixture_grid, never_coded
 from r1q.core.scheme import FLOAT_GRIDS, GGML_GRIDS, GRIDS, INT_GRIDS, WHOLE_ROW, Scheme
 from r1q.core.tensors import TensorSpec
 
@@ -171,7 +171,7 @@ def resolve(recipe: Recipe, tensors: Iterable[TensorSpec], shape: ModelShape) ->
 
 
 def _resolve_one(recipe: Recipe, spec: TensorSpec, shape: ModelShape) -> PlannedTensor:
-    if not spec.is_matrix or spec.kind in ROUTERS:
+    if never_coded(spec):
         return PlannedTensor(spec=spec, scheme=Scheme(grid="f32"), wanted="f32")
     wanted = _wanted(recipe, spec, shape)
     if wanted.facts.family == "ggml":

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r1q.core.errors import InputError
-from r1q.core.files import replacing, writing
+from r1q.core.files import fill, replacing, writing
 
 Array = NDArray[Any]
 Chunk = bytes | bytearray | memoryview | Array
@@ -82,6 +82,9 @@ class Digest(Protocol):
 
     def update(self, data: memoryview, /) -> None:
         """Add bytes."""
+
+    def hexdigest(self) -> str:
+        """Return the hash of what was added so far."""
 
 
 class SafetensorsFile:
@@ -185,14 +188,10 @@ class SafetensorsFile:
 
     def _read(self, name: str, entry: Entry, offset: int, shape: tuple[int, ...]) -> Array:
         values = np.empty(shape, dtype=NUMPY_DTYPES[entry.dtype])
-        left = values.reshape(-1).view(np.uint8).data
         with self._lock:
-            self._file.seek(offset)
-            while left:
-                count = self._file.readinto(left)
-                if not count:
-                    raise InputError(f"{self.path}: the data of {name} ends early; {_MEND}")
-                left = left[count:]
+            whole = fill(self._file, offset, values.reshape(-1).view(np.uint8).data)
+        if not whole:
+            raise InputError(f"{self.path}: the data of {name} ends early; {_MEND}")
         return values
 
 
@@ -247,10 +246,14 @@ def writing_safetensors(
 
 
 def write_safetensors(
-    path: Path, entries: Sequence[Shaped], chunks: Iterable[Chunk], metadata: Mapping[str, str] | None = None
+    path: Path,
+    entries: Sequence[Shaped],
+    chunks: Iterable[Chunk],
+    metadata: Mapping[str, str] | None = None,
+    digest: Digest | None = None,
 ) -> None:
     """Write a safetensors file atomically, its data in `chunks` as they come, cut anywhere; see `writing_safetensors`."""
-    with writing_safetensors(path, entries, metadata) as writer:
+    with writing_safetensors(path, entries, metadata, digest) as writer:
         for chunk in chunks:
             writer.write(chunk)
 

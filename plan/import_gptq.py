@@ -25,7 +25,7 @@ from r1q.core.formats import refuse_unfit
 from r1q.core.gptq_folder import SETTINGS, GptqLayer
 from r1q.core.grids import pack
 from r1q.core.hf_folder import read_json
-from r1q.core.mixtures import ROUTERS
+from r1q.core.mixtures import never_coded
 from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor, Recipe
 from r1q.core.safetensors_file import write_safetensors
@@ -118,7 +118,7 @@ def _write_orders(folder: Path, orders: Orders) -> str:
 
 
 def _planned(source: GptqSource, spec: TensorSpec, formats: Sequence[str]) -> PlannedTensor:
-    if not spec.is_matrix or spec.kind in ROUTERS or source.part_of_codes(spec.name):
+    if never_coded(spec) or source.part_of_codes(spec.name):
         scheme = Scheme(grid="f32")
     elif source.layer_of(spec.name) is not None:
         scheme = _gguf_scheme(source, spec) if "gguf" in formats else _integers(source, spec)

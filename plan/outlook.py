@@ -43,7 +43,7 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
     """Return what the job will take. Raises `ResourceError` where its memory does not fit."""
     job = opened.job
     sizes = dict.fromkeys(("checkpoint", *plan.formats), plan.bytes)
-    config, tokens = opened.model.source.config, job.samples * job.seq_len
+    config = opened.model.source.config
     parts, spilled, seconds, hidden = rounding_parts(config, plan.formats), False, None, 0
     refuse_little_memory(opened, plan)
     if job.calibrated:
@@ -51,12 +51,18 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
         parts, spilled = memory_parts(work, engine), engine.spill
         healing = healing_parts(work, engine.compute) if engine.heal else {}
         parts = max(parts, healing, key=lambda found: sum(found.values()))
-        hidden = 2 * 4 * tokens * config.hidden_size * (2 if engine.exact_stream else 1) + plan.block_bytes
+        hidden = 2 * _state_bytes(opened, engine) + plan.block_bytes
         hidden = max(hidden, HEALING_COPIES * plan.bytes if engine.heal else 0)
         if timed:
             seconds = _seconds(opened, plan, engine)
     disk = sum(sizes.values()) + hidden
     return Outlook(bytes=sizes, disk=disk, memory=sum(parts.values()), parts=parts, spilled=spilled, seconds=seconds)
+
+
+def _state_bytes(opened: OpenedJob, engine: Engine) -> int:
+    """Return the size of the hidden states before a block, in float32."""
+    job, config = opened.job, opened.model.source.config
+    return 4 * job.samples * job.seq_len * config.hidden_size * (1 + engine.exact_stream)
 
 
 def _seconds(opened: OpenedJob, plan: Plan, engine: Engine) -> float | None:
@@ -76,7 +82,7 @@ def _seconds(opened: OpenedJob, plan: Plan, engine: Engine) -> float | None:
     computed = _UNCOUNTED * pace.seconds(config, plan.tensors, engine, tokens, job.seq_len, found, workers)
     # Weights are read while others are coded.
     seconds = max(computed, disks.reading(plan.tensors)) + loaded
-    states = 4 * tokens * config.hidden_size * config.num_layers * (1 + engine.exact_stream)
+    states = config.num_layers * _state_bytes(opened, engine)
     seconds += disks.writing(plan.tensors, states) + states / found.hashed
     if engine.heal:
         products, exact = healing_work(workload(opened, plan), engine)

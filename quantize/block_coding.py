@@ -12,7 +12,7 @@ from torch import Tensor
 
 from r1q.calibration.expert_stages import Routed
 from r1q.calibration.stage import Stage, Streams
-from r1q.core.mixtures import ROUTERS
+from r1q.core.mixtures import never_coded
 from r1q.core.recipe import PlannedTensor
 from r1q.models import moe
 from r1q.quantize.block_file import Store
@@ -85,9 +85,8 @@ class BlockCoding:
         return stored
 
     def is_ready(self, planned: PlannedTensor) -> bool:
-        """Return whether a tensor can be had as stored: it is in parts, or a norm, a bias or a router, which are not coded."""
-        spec = planned.spec
-        return spec.name in self.coded or not spec.is_matrix or spec.kind in ROUTERS
+        """Return whether a tensor can be had as stored: it is in parts, or never coded."""
+        return planned.spec.name in self.coded or never_coded(planned.spec)
 
     def code(self, stage: Stage, weights: MutableMapping[str, Tensor]) -> Iterator[Event]:
         """Code a stage's matrices and put them into `weights`; an event follows each line that is told, and the stage."""

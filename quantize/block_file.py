@@ -1,4 +1,4 @@
-"""A block's file of a checkpoint, which grows tensor by tensor in model order while what comes next is still being coded.
+"""A block's file of a checkpoint, which grows tensor by tensor, in its own order, while what comes next is still being coded.
 
 So what was just coded is still in the system's memory when it is copied into the file, and no file is read again for its hash.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from r1q.core.checkpoint import TensorRecord, stored_entry
 from r1q.core.errors import InputError
 from r1q.core.recipe import PlannedTensor
-from r1q.core.safetensors_file import SafetensorsWriter, writing_safetensors
+from r1q.core.safetensors_file import Digest, SafetensorsWriter, writing_safetensors
 from r1q.quantize.event import Event
 from r1q.quantize.storing import Slab
 
@@ -24,9 +24,7 @@ Store = Callable[[PlannedTensor], Iterable[Slab]]
 class BlockFile:
     """A block file in writing: `records` of the tensors that are in it; its `sha256`, that of the file once it is whole."""
 
-    def __init__(
-        self, name: str, tensors: Sequence[PlannedTensor], writer: SafetensorsWriter, digest: hashlib._Hash
-    ) -> None:
+    def __init__(self, name: str, tensors: Sequence[PlannedTensor], writer: SafetensorsWriter, digest: Digest) -> None:
         self.records: list[TensorRecord] = []
         self._name, self._tensors, self._writer, self._digest = name, tensors, writer, digest
 

@@ -6,6 +6,7 @@ block it was in, from the same numbers.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import InputError
 from r1q.core.files import TEMP_PREFIX, sha256_file, writing
 from r1q.core.journal import FinishedFile
-from r1q.core.mixtures import ROUTERS
+from r1q.core.mixtures import never_coded
 from r1q.core.qtensor import Floats
 from r1q.core.recipe import PlannedTensor
 from r1q.core.safetensors_file import SafetensorsFile, write_safetensors
@@ -133,9 +134,9 @@ class Calibrated:
         named = self._named()
         entries = [(name, "F32", tuple(stream.shape)) for name, stream in named.items()]
         pieces = (window.cpu().numpy().tobytes() for stream in named.values() for window in stream)
-        path = state_file(self.folder, layer)
-        write_safetensors(path, entries, pieces, metadata={"format": "r1q hidden states"})
-        return sha256_file(path)
+        digest = hashlib.sha256()
+        write_safetensors(state_file(self.folder, layer), entries, pieces, {"format": "r1q hidden states"}, digest)
+        return digest.hexdigest()
 
     def resume(self, layer: int) -> None:
         """Go on before block `layer` from what `save` wrote."""
@@ -162,7 +163,7 @@ class Calibrated:
     def _walk(self, coding: BlockCoding) -> BlockWalk:
         length = self.tokens.shape[1]
         specs = {key: planned.spec for key, planned in coding.by_key.items()}
-        kept = {key: self._kept(spec) for key, spec in specs.items() if not spec.is_matrix or spec.kind in ROUTERS}
+        kept = {key: self._kept(spec) for key, spec in specs.items() if never_coded(spec)}
         exact: Weights = kept
         if self.engine.exact_stream:
             exact = BlockWeights(

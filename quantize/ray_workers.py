@@ -12,6 +12,7 @@ import pickle
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,9 @@ class RayCrew:
             )
 
     def lend(self, arrays: Mapping[str, Tensor]) -> Any:
-        """Put the arrays into the object store."""
-        return self._ray.put({name: _packed(array) for name, array in arrays.items()})
+        """Put the arrays into the object store. Raises `ResourceError` where the cluster is gone."""
+        with self._reached():
+            return self._ray.put({name: _packed(array) for name, array in arrays.items()})
 
     def take_back(self, lent: Any) -> None:
         """Do nothing: Ray drops what nobody refers to."""
@@ -69,8 +71,14 @@ class RayCrew:
 
         Raises `ResourceError` where the cluster is gone, besides.
         """
-        try:
+        with self._reached():
             yield from self._do(site, calls)
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Say of the enclosed code's lost connections what to do."""
+        try:
+            yield
         except ConnectionError as error:
             raise ResourceError(
                 f"the Ray at {self._address} is gone: {_said(error)}; start it, and the same command goes on"

@@ -171,3 +171,5 @@ def test_a_cluster_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("ray.put", lambda _: gone())
     with pytest.raises(ResourceError, match=r"the Ray at auto is gone: Request .* disconnected; start it"):
         list(crew.do(cast(Site, None), []))
+    with pytest.raises(ResourceError, match="the Ray at auto is gone"):
+        crew.lend({})
