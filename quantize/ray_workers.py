@@ -13,6 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,9 @@ class RayCrew:
         os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
         try:
             import ray
+
+            if address.startswith("ray://"):
+                import_module("grpc")  # its client's, which Ray does without elsewhere
         except ImportError as error:
             raise MissingError(f"--workers ray needs Ray ({error}): pip install 'r1q[ray]'") from None
         self._ray, self._cpus, self._ours, self._address = ray, engine.threads, not ray.is_initialized(), address

@@ -161,6 +161,13 @@ def test_a_session_that_dies_as_it_starts_is_begun_again(monkeypatch: pytest.Mon
     assert len(calls) == 6
 
 
+def test_rays_client_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray alone has no gRPC, which its client needs."""
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    with pytest.raises(MissingError, match=r"grpc.*: pip install 'r1q\[ray\]'"):
+        RayCrew("ray://there:1", Engine(effort="fast", threads=1, isa="here", compute="float32"))
+
+
 def test_a_cluster_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone() -> None:
         raise ConnectionError("Request can't be sent because the Ray client has already been disconnected\nand so on")
