@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from r1q.benchmarks.profiles import Profile
-from r1q.benchmarks.traffic import Traffic
+from r1q.benchmarks.traffic import Traffic, cache_values
 from r1q.core.errors import ResourceError
 from r1q.models.config import ModelConfig
 
@@ -15,7 +15,7 @@ def room_for_file(profile: Profile, config: ModelConfig) -> int:
     traffic = Traffic(
         weight_bytes=0,
         touched_weights=0,
-        cache_values=2 * config.num_layers * config.num_kv_heads * config.head_dim,
+        cache_values=cache_values(config),
         width=config.hidden_size,
         inner=config.intermediate_size,
         vocab=config.vocab_size,

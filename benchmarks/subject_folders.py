@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from r1q.benchmarks.subjects import Subject
-from r1q.benchmarks.traffic import Traffic
+from r1q.benchmarks.traffic import Traffic, cache_values
 from r1q.core.artifact import artifact_files
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import InputError
@@ -92,13 +92,11 @@ def _traffic(config: ModelConfig, tensors: Iterable[TensorSpec], bytes_per_weigh
         for spec in tensors
         if spec.kind != "token_embd" or config.tied
     )
-    latent = config.latent
-    per_block = latent.rank + latent.rope_dim if latent else 2 * config.num_kv_heads * config.head_dim
     return Traffic(
         # Runtimes here keep floats of these folders in memory, so that what a file spends on average is near enough.
         weight_bytes=int(touched * bytes_per_weight),
         touched_weights=int(touched),
-        cache_values=config.num_layers * per_block,
+        cache_values=cache_values(config),
         width=config.hidden_size,
         inner=config.intermediate_size,
         vocab=config.vocab_size,

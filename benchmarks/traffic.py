@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from r1q.models.config import ModelConfig
+
 MICRO_BATCH = 512  # tokens that runtimes take through a block at once
 CACHE_BYTES = {"f16": 2, "f32": 4}
 
@@ -42,6 +44,13 @@ class Traffic:
     def activation_bytes(self) -> int:
         """Return what a batch takes beside weights and cache, about: hidden states, the feed-forward layer, a row of logits."""
         return 4 * (MICRO_BATCH * (4 * self.width + 3 * self.inner) + self.vocab)
+
+
+def cache_values(config: ModelConfig) -> int:
+    """Return how many numbers are kept for each position: keys and values, or the latents that both are made of."""
+    latent = config.latent
+    kept = 2 * config.num_kv_heads * config.head_dim if latent is None else latent.rank + latent.rope_dim
+    return config.num_layers * kept
 
 
 def utilization(token_bytes: float, tokens_per_second: float, bandwidth: float) -> float:

@@ -23,14 +23,14 @@ def attention_mix(weights: Weights, config: ModelConfig, latent: Latent, normed:
     """Return what attn_output reads: every head's causal mixture of values, [..., length, num_heads · value_dim]."""
     queries, keys, compressed = queries_and_keys(weights, config, latent, normed, rotation)
     values = _heads(linear(weights, "attn_v_b", compressed), config.num_heads)
-    mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=_scale(config, latent))
+    mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=score_scale(config, latent))
     return mixed.transpose(-2, -3).flatten(-2)
 
 
 def mixed_latents(config: ModelConfig, latent: Latent, queries: Tensor, keys: Tensor, compressed: Tensor) -> Tensor:
     """Return every head's causal mixture of latents, [..., heads, length, rank]: what v_b reads where values are made behind it."""
     shared = compressed.unsqueeze(-3).expand(*queries.shape[:-1], latent.rank)
-    return F.scaled_dot_product_attention(queries, keys, shared, is_causal=True, scale=_scale(config, latent))
+    return F.scaled_dot_product_attention(queries, keys, shared, is_causal=True, scale=score_scale(config, latent))
 
 
 def queries_and_keys(
@@ -48,7 +48,8 @@ def queries_and_keys(
     return queries, keys, compressed
 
 
-def _scale(config: ModelConfig, latent: Latent) -> float:
+def score_scale(config: ModelConfig, latent: Latent) -> float:
+    """Return what attention scores are multiplied by: 1/√(a head's numbers), and YaRN's stretch."""
     stretched = 1.0 if config.yarn is None else config.yarn.softmax_scale
     return float((latent.key_dim + latent.rope_dim) ** -0.5 * stretched)
 

@@ -52,10 +52,6 @@ class Torch:
         """
         dtype, device = DTYPES[_compute(options)], _device(options)
         source, tokens = open_source(path)
-        if source.config.experts is not None or source.config.latent is not None:
-            raise InputError(
-                f"{path}: the torch runtime has no cache for experts or latent attention; its GGUF file runs with llama-cpp"
-            )
         if options.device == "gpu" and options.gpu_layers not in (0, -1, source.config.num_layers):
             raise UsageError(
                 f"torch puts all {source.config.num_layers} blocks on the GPU or none: leave GPU layers out"

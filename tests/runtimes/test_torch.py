@@ -22,7 +22,7 @@ from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import InputError, MissingError, ResourceError, UsageError
 from r1q.core.metrics import log_softmax
 from r1q.core.recipe import Recipe
-from r1q.models import decoder
+from r1q.models import decoder, decoder_layer
 from r1q.models.config import ModelConfig
 from r1q.models.embedded import EMBEDDED, OpenedModel, open_model
 from r1q.models.forward import Configured, logits
@@ -139,10 +139,10 @@ def test_packed_weights_plain_ones_and_plain_attention_compute_the_same(
     folder, tokens = make_model("qwen2"), some_tokens()
     with open_torch(folder, Options(compute="f32", threads=1, flash_attention=False)) as session:
         plain = session.logits(tokens)
-    monkeypatch.setattr(decoder, "_packs", lambda dtype, device: False)
+    monkeypatch.setattr(decoder_layer, "_packs", lambda dtype, device: False)
     with open_torch(folder) as session:
         assert session._decoder is not None
-        assert not session._decoder.layers[0].qkv.packed
+        assert not session._decoder.layers[0].output.packed
         np.testing.assert_allclose(session.logits(tokens), plain, atol=TOLERANCE)
 
 
