@@ -22,6 +22,7 @@ from r1q.models.source import ModelSource
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
+_EXPERT_CODES = (2, 5)  # inputs of QMoE: gate and up of all experts, and down
 _TABLES = ("GroupQueryAttention", "RotaryEmbedding", "MultiHeadAttention")  # their initializers are cosines and sines
 
 
@@ -156,6 +157,8 @@ def _weights(tensor: OnnxTensor, nodes: list[OnnxNode]) -> int:
         place = node.inputs.index(tensor.name)
         if node.op_type == "MatMulNBits":
             return int(str(node.attributes["K"])) * int(str(node.attributes["N"])) if place == 1 else 0
+        if node.op_type == "QMoE":
+            return 8 * tensor.nbytes // _expert_bits(node) if place in _EXPERT_CODES else 0
         if node.op_type == "GatherBlockQuantized":
             bits = int(str(node.attributes.get("bits", 4)))
             return 8 * tensor.nbytes // bits if place == 0 else 0
@@ -165,6 +168,17 @@ def _weights(tensor: OnnxTensor, nodes: list[OnnxNode]) -> int:
     return tensor.size if tensor.dtype in _FLOATS or integers else 0
 
 
+def _expert_bits(node: OnnxNode) -> int:
+    return int(str(node.attributes.get("expert_weight_bits", 4)))
+
+
+def _share_used(tensor: OnnxTensor, node: OnnxNode) -> float:
+    """Return which share of a tensor a token touches: of those of all experts, [experts, …], that of the experts it is sent to."""
+    if node.op_type != "QMoE" or not tensor.shape or not tensor.shape[0]:
+        return 1.0
+    return min(1.0, int(str(node.attributes.get("k", 1))) / tensor.shape[0])
+
+
 def _onnx_grid(graph: OnnxGraph, data: Mapping[str, OnnxTensor]) -> str:
     counts: Counter[str] = Counter()
     for node in graph.nodes:
@@ -172,6 +186,11 @@ def _onnx_grid(graph: OnnxGraph, data: Mapping[str, OnnxTensor]) -> str:
             facts = {key: int(str(node.attributes.get(key, 0))) for key in ("bits", "block_size", "K", "N")}
             zeros = " asym" if node.input(3) else ""
             counts[f"onnx int{facts['bits']} g{facts['block_size']}{zeros}"] += facts["K"] * facts["N"]
+        if node.op_type == "QMoE":
+            codes = [data[node.input(place)] for place in _EXPERT_CODES if node.input(place) in data]
+            zeros, block = " asym" if node.input(11) else "", node.attributes.get("block_size", 0)
+            grid = f"onnx int{_expert_bits(node)} g{block}{zeros}"
+            counts[grid] += sum(8 * tensor.nbytes // _expert_bits(node) for tensor in codes)
     if counts:
         return counts.most_common(1)[0][0]
     for tensor in data.values():
@@ -187,20 +206,22 @@ def _onnx_traffic(
     values = [side[1] * side[3] for side in sides if isinstance(side[1], int) and isinstance(side[3], int)]
     if not values or len(values) != len(keys):
         return None
-    read: dict[tuple[str | None, int, str], int] = {}
-    touched = 0
+    read: dict[tuple[str | None, int, str], float] = {}
+    touched = 0.0
     for name, tensor in data.items():
-        if any(node.op_type not in _LOOKUPS for node in readers.get(name, [])):
-            read[(tensor.location, tensor.offset, name if tensor.location is None else "")] = tensor.nbytes
-            touched += _weights(tensor, [node for node in readers[name] if node.op_type not in _LOOKUPS])
+        nodes = [node for node in readers.get(name, []) if node.op_type not in _LOOKUPS]
+        if nodes:
+            share = _share_used(tensor, nodes[0])
+            read[(tensor.location, tensor.offset, name if tensor.location is None else "")] = share * tensor.nbytes
+            touched += share * _weights(tensor, nodes)
     # A cache in 32 bits counts as twice the values: callers multiply by two bytes.
     wide = 2 if keys[0].dtype == "float32" else 1
     logits = next((value.shape for value in graph.outputs.values() if value.name == "logits"), None)
     vocab = logits[-1] if logits and isinstance(logits[-1], int) else 0
     widths = [t.shape[-1] for t in data.values() if len(t.shape) == 1]
     return Traffic(
-        weight_bytes=sum(read.values()),
-        touched_weights=touched,
+        weight_bytes=int(sum(read.values())),
+        touched_weights=int(touched),
         cache_values=wide * sum(values),
         width=Counter(widths).most_common(1)[0][0] if widths else 0,
         inner=max((int(str(n.attributes["K"])) for n in graph.nodes if n.op_type == "MatMulNBits"), default=0),

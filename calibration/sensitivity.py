@@ -4,11 +4,13 @@ To second order the divergence that small changes ΔW of all matrices cause is �
 information of the model's own predictions. Its diagonal is taken as a product: F[i, j] = mean g_i² · mean x_j², with x what a layer
 reads and g the gradient, at what it returns, of the log-probability of a token drawn from the model's own prediction.
 
-Two walks over the blocks: forward, keeping the hidden states before each block, and backward; one block's weights in memory at a time.
+Two walks over the blocks: forward, keeping the hidden states before each block, and backward; one block's weights in memory at a time,
+all of its experts among them. An expert's g² is a mean over all tokens, those that were not sent to it as zeros, its x² over its own.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +43,10 @@ class Sensitivity:
 def sensitivities(
     source: TensorReader, tokens: NDArray[np.int64], *, seed: int = 0
 ) -> Iterator[Mapping[str, Sensitivity]]:
-    """Yield the sensitivities of the head, of each block from the last to the first, and of the embedding, by GGUF tensor name.
+    """Yield the sensitivities of the head, of each block from the last to the first, and of the embedding, by name.
+
+    That is the GGUF tensor's, with an expert's number in it: `blk.0.ffn_up_exps.17.weight`. What no token was sent to has none, nor
+    has a matrix that is no linear layer (attn_k_b of latent attention).
 
     `tokens` [windows, length]; the hidden states of all blocks are kept, in bfloat16. A tied table is yielded as `token_embd.weight`
     twice, once in each of its uses. Raises `InputError` where a block makes numbers that are not finite.
@@ -52,14 +57,14 @@ def sensitivities(
     with torch.no_grad():
         for layer in range(config.num_layers):
             kept.append(hidden.to(torch.bfloat16))
-            weights = load_block(source, layer)
+            weights = dict(load_block(source, layer))
             hidden = torch.stack([run_block(weights, config, window, turn) for window in hidden])
     if not bool(torch.isfinite(hidden).all()):
         raise InputError("the model makes numbers that are not finite on this text; its weights are broken")
     gradient, found = _head(source, hidden, seed)
     yield found
     for layer in reversed(range(config.num_layers)):
-        weights = load_block(source, layer)
+        weights = dict(load_block(source, layer))
         sums = _Sums({id(tensor): name for name, tensor in weights.items()})
         before = kept.pop().to(torch.float32)
         for number, window in enumerate(before):
@@ -86,6 +91,7 @@ class _Sums(TorchFunctionMode):
         super().__init__()
         self._names = names
         self._read: dict[str, Tensor] = {}
+        self._tokens: Counter[str] = Counter()
         self._received: dict[str, Tensor] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,13 +99,14 @@ class _Sums(TorchFunctionMode):
         if function is F.linear and id(args[1]) in self._names:
             name = self._names[id(args[1])]
             _add(self._read, name, args[0].detach())
+            self._tokens[name] += args[0].shape[:-1].numel()
             result.register_hook(lambda gradient: _add(self._received, name, gradient))
         return result
 
     def means(self, count: int) -> dict[str, Sensitivity]:
         """Return the sensitivities of every layer that was used, per token of `count`."""
         return {
-            name: Sensitivity(rows=(self._received[name] / count).numpy(), columns=(read / count).numpy())
+            name: Sensitivity(rows=(self._received[name] / count).numpy(), columns=(read / self._tokens[name]).numpy())
             for name, read in self._read.items()
         }
 

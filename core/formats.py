@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from r1q.core.errors import UsageError, unknown_name
 from r1q.core.mixtures import ROUTERS
@@ -29,24 +29,12 @@ def refuse_unfit(planned: Iterable[PlannedTensor], formats: Iterable[str]) -> No
     """Raise `UsageError` for the first tensor that one of `formats` cannot hold, with what would work."""
     tensors = tuple(planned)
     for name in formats:
-        _refuse_experts(tensors, name)
         if name == "gguf":
             _refuse_for_gguf(tensors)
         elif name == "gptq":
             gptq_scheme(tensors)
         elif name == "onnx":
             _refuse_for_onnx(tensors)
-
-
-def _refuse_experts(tensors: Iterable[PlannedTensor], name: str) -> None:
-    """Raise `UsageError` for a format that r1q cannot write of a model with latent attention or experts."""
-    kinds = {tensor.spec.kind for tensor in tensors}
-    if name == "onnx" and "attn_kv_a_mqa" in kinds:
-        raise UsageError(
-            "this model has latent attention, which has no GroupQueryAttention form in ONNX; --to gguf holds it"
-        )
-    if name == "onnx" and "ffn_gate_inp" in kinds:
-        raise UsageError("r1q writes no onnx folder of a model with experts in this version; --to gguf,gptq holds it")
 
 
 def _refuse_for_gguf(tensors: Iterable[PlannedTensor]) -> None:
@@ -56,12 +44,19 @@ def _refuse_for_gguf(tensors: Iterable[PlannedTensor]) -> None:
                 f"{tensor.spec.name}: GGUF has no form for {tensor.scheme}; it holds --bits 4 or 8 with --group-size 32, "
                 f"or a preset such as --scheme q4_k_m{_elsewhere(tensor.scheme)}"
             )
-    of_experts: dict[str, Scheme] = {}
+    _refuse_mixed_experts(tensors, "a GGUF file", lambda spec: spec.gguf_name)
+
+
+def _refuse_mixed_experts(tensors: Iterable[PlannedTensor], holder: str, stack: Callable[[TensorSpec], str]) -> None:
+    """Raise `UsageError` for experts of one `stack` that have several grids, where `holder` has one for all of them."""
+    found: dict[str, Scheme] = {}
     for tensor in tensors:
-        name = tensor.spec.gguf_name
-        if tensor.spec.expert is not None and of_experts.setdefault(name, tensor.scheme) != tensor.scheme:
-            one, other = of_experts[name], tensor.scheme
-            raise UsageError(f"{name}: a GGUF file has one grid for all experts of a block, not {one} and {other}")
+        if tensor.spec.expert is None:
+            continue
+        one, other = found.setdefault(stack(tensor.spec), tensor.scheme), tensor.scheme
+        if one != other:
+            name = tensor.spec.gguf_name
+            raise UsageError(f"{name}: {holder} has one grid for all experts of a block, not {one} and {other}")
 
 
 def _elsewhere(scheme: Scheme) -> str:
@@ -145,12 +140,35 @@ def onnx_form(scheme: Scheme, columns: int) -> BlockForm | None:
     return BlockForm(bits=integers.facts.bits, block=block, repeats=group // block, symmetric=integers.symmetric)
 
 
-def _refuse_for_onnx(tensors: Iterable[PlannedTensor]) -> None:
+def expert_forms(scheme: Scheme, columns: Sequence[int]) -> tuple[BlockForm, ...]:
+    """Return the forms of an expert's matrices, whose rows have `columns`, in QMoE, which has one block for all of them.
+
+    Raises `UsageError` for floats and for what `onnx_form` refuses.
+    """
+    forms = [onnx_form(scheme, count) for count in columns]
+    blocks = [form.block for form in forms if form is not None]
+    if len(blocks) < len(forms):
+        raise UsageError(f"ONNX Runtime computes experts in integers, not as {scheme}: --bits 4 (2, 8) --to onnx")
+    block = min(blocks)  # powers of two: the least divides the others
+    return tuple(
+        replace(form, block=block, repeats=form.repeats * form.block // block) for form in forms if form is not None
+    )
+
+
+def _refuse_for_onnx(tensors: Sequence[PlannedTensor]) -> None:
+    if any(tensor.spec.kind == "attn_kv_a_mqa" for tensor in tensors):
+        raise UsageError(
+            "this model has latent attention, which has no GroupQueryAttention form in ONNX; --to gguf holds it"
+        )
+    _refuse_mixed_experts(tensors, "an ONNX folder", lambda spec: str(spec.layer))
     for tensor in tensors:
         if not tensor.spec.is_matrix:
             continue
         try:
-            onnx_form(tensor.scheme, tensor.spec.columns)
+            if tensor.spec.expert is None:
+                onnx_form(tensor.scheme, tensor.spec.columns)
+            else:
+                expert_forms(tensor.scheme, (tensor.spec.columns,))
         except UsageError as error:
             raise UsageError(f"{tensor.spec.name}: {error}") from error
 

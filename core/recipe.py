@@ -205,10 +205,12 @@ def integer_recipe(
     *,
     head_bits: int = 8,
     kept: Collection[str] = (),
+    finer: Collection[str] = (),
 ) -> Recipe:
     """Return the recipe for `bits`-bit integers in every block, with an 8-bit embedding and head (float where 32 does not divide).
 
-    `head_bits` 4 or 8 is the head's; a tied head is the embedding, which then has them too. Kinds that are `kept` stay bfloat16.
+    `head_bits` 4 or 8 is the head's; a tied head is the embedding, which then has them too. Kinds that are `kept` stay bfloat16, those
+    that are `finer` have 8 bits in the same groups.
 
     `group_size` None takes the largest of 128, 64 and 32 that divides every row, else the whole row. Symmetric int4 and int8 in
     groups of 32 are llama.cpp's q4_0 and q8_0, and named so.
@@ -227,9 +229,11 @@ def integer_recipe(
     )
     floats = dict.fromkeys(spec.kind for spec in matrices if spec.layer is not None and spec.kind in kept)
     rules += tuple(Rule(tensors=f"blk.*.{kind}.weight", scheme=Scheme(grid="bf16")) for kind in floats)
+    eight = canonical(Scheme(grid="int8", group_size=group_size, symmetric=symmetric))
+    rules += tuple(Rule(tensors=f"blk.*.{kind}.weight", scheme=eight) for kind in finer)
     label = f"int{bits}-{'row' if group_size == WHOLE_ROW else f'g{group_size}'}{'' if symmetric else '-asym'}"
     label += "" if head_bits == 8 else f"-head{head_bits}"
-    label += "-experts" if set(floats) - set(KV_B_HALVES) else ""
+    label += "-experts" if finer or set(floats) - set(KV_B_HALVES) else ""
     return Recipe(name=label, base=canonical(scheme), rules=rules)
 
 

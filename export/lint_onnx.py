@@ -155,9 +155,12 @@ def _embedding(model: _Model) -> Iterator[Finding]:
 def _float_matrices(model: _Model) -> Iterator[Finding]:
     head = _head(model)
     found: list[OnnxTensor] = []
+    scores = {node.input(1) for node in model.of("QMoE")}  # of routers, which stay float
     for node in model.graph.nodes:
         table = model.held(node.input(1))
         if node.op_type not in ("MatMul", "FusedMatMul", "Gemm") or table is None or table.dtype not in _FLOATS:
+            continue
+        if scores.intersection(node.outputs):
             continue
         if node is head:
             cost = f"{megabytes(table.nbytes)} are read for every token, in 8 bits {megabytes(table.size * 1.125)}"

@@ -10,6 +10,7 @@ from r1q.models.config import ModelConfig
 from r1q.models.tokenizer import Tokenizer
 
 MAX_LENGTH = 4096  # genai reserves keys and values for all of it: the whole context can be gigabytes
+_TYPES = {"qwen3_moe": "qwen3"}  # a family under the name that onnxruntime-genai has for decoders like it
 _THINK, _END_THINK = "<think>", "</think>"
 
 
@@ -50,7 +51,7 @@ def genai_config(config: ModelConfig, sidecar: Path, context: int, filename: str
         **{key: token for key, token in thought.items() if token is not None},
         "context_length": context,
         "vocab_size": config.vocab_size,
-        "type": config.family,
+        "type": _TYPES.get(config.family, config.family),
         "decoder": decoder,
     }
     return {"model": model, "search": _search(generation, tokenizer.chat_template, min(MAX_LENGTH, context))}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -27,6 +28,7 @@ ALIGNMENT = 64
 SLAB_BYTES = 1 << 24
 Pieces = Callable[[], Iterator[NDArray[np.generic]]]
 Order = NDArray[np.int32]
+_Make = Callable[[QuantizedTensor, BlockForm], NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,31 +106,65 @@ def add_blocks(
 
     With `order` [rows of each] row i of a matrix is its row `order[i]`; one whole matrix is in memory then.
     """
-    rows, columns = sum(spec.rows for spec in specs), specs[0].columns
-    count = columns // form.block
 
-    def tensors() -> Iterator[QuantizedTensor]:
+    def pieces(make: _Make) -> Iterator[NDArray[np.generic]]:
         for spec, start, stop in _slabs(specs, whole=order is not None):
-            yield checkpoint.read(spec.name, start, stop, in_order=False)
+            yield _rows(make(checkpoint.read(spec.name, start, stop, in_order=False), form), order)
 
-    def codes() -> Iterator[NDArray[np.generic]]:
-        for tensor in tensors():
-            yield pack_bits(_rows(tensor.codes, order), form.bits)
+    sides = (sum(spec.rows for spec in specs),)
+    return _place_blocks(data, name, form, sides, specs[0].columns, pieces)
 
-    def scales() -> Iterator[NDArray[np.generic]]:
-        for tensor in tensors():
-            found = _rows(tensor.params["scales" if "scales" in tensor.params else "d"], order)
-            yield np.repeat(found.astype(np.float32), form.repeats, axis=1)
 
-    def zeros() -> Iterator[NDArray[np.generic]]:
-        for tensor in tensors():
-            found = _rows(tensor.params["zeros"], order).astype(np.uint8)
-            yield pack_bits(np.repeat(found, form.repeats, axis=1), form.bits)
+def add_experts(
+    data: DataFile,
+    checkpoint: QuantizedCheckpoint,
+    name: str,
+    experts: Sequence[Sequence[TensorSpec]],
+    form: BlockForm,
+) -> Blocks:
+    """Place a matrix of each expert, as the operator QMoE wants them: [experts, rows, …].
 
-    weight = data.add(f"{name}.weight", "uint8", (rows, count, form.block * form.bits // 8), codes)
-    scale = data.add(f"{name}.scales", "float32", (rows, count), scales)
-    zero = None if form.symmetric else data.add(f"{name}.zeros", "uint8", (rows, -(-count * form.bits // 8)), zeros)
-    return Blocks(form=form, rows=rows, columns=columns, weight=weight, scales=scale, zeros=zero)
+    An expert's may be several, whose rows alternate: first rows, then second rows. One expert's are in memory at once.
+    """
+
+    def pieces(make: _Make) -> Iterator[NDArray[np.generic]]:
+        for specs in experts:
+            parts = [make(checkpoint.read(spec.name, 0, spec.rows), form) for spec in specs]
+            yield np.stack(parts, axis=1)
+
+    sides = (len(experts), sum(spec.rows for spec in experts[0]))
+    return _place_blocks(data, name, form, sides, experts[0][0].columns, pieces)
+
+
+def _place_blocks(
+    data: DataFile,
+    name: str,
+    form: BlockForm,
+    sides: tuple[int, ...],
+    columns: int,
+    pieces: Callable[[_Make], Iterator[NDArray[np.generic]]],
+) -> Blocks:
+    """Place codes, scales and zero points whose rows `pieces` makes; `sides` are a matrix's rows, with experts before them."""
+    count, size = columns // form.block, form.block * form.bits // 8
+    cells = (count, size) if len(sides) == 1 else (count * size,)
+    packed = -(-count * form.bits // 8)
+    weight = data.add(f"{name}.weight", "uint8", (*sides, *cells), lambda: pieces(_codes))
+    scales = data.add(f"{name}.scales", "float32", (*sides, count), lambda: pieces(_scales))
+    zeros = None if form.symmetric else data.add(f"{name}.zeros", "uint8", (*sides, packed), lambda: pieces(_zeros))
+    return Blocks(form=form, rows=prod(sides), columns=columns, weight=weight, scales=scales, zeros=zeros)
+
+
+def _codes(tensor: QuantizedTensor, form: BlockForm) -> NDArray[Any]:
+    return pack_bits(tensor.codes, form.bits)
+
+
+def _scales(tensor: QuantizedTensor, form: BlockForm) -> NDArray[Any]:
+    found = tensor.params["scales" if "scales" in tensor.params else "d"]
+    return np.repeat(found.astype(np.float32), form.repeats, axis=1)
+
+
+def _zeros(tensor: QuantizedTensor, form: BlockForm) -> NDArray[Any]:
+    return pack_bits(np.repeat(tensor.params["zeros"].astype(np.uint8), form.repeats, axis=1), form.bits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

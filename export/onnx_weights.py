@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from r1q.core.cache_scales import CacheScales
 from r1q.core.checkpoint import QuantizedCheckpoint
+from r1q.core.errors import UsageError
+from r1q.core.formats import expert_forms
 from r1q.core.tensors import TensorSpec
 from r1q.export.onnx_data import (
     Blocks,
@@ -18,6 +20,7 @@ from r1q.export.onnx_data import (
     Order,
     add_blocks,
     add_columns,
+    add_experts,
     add_floats,
     add_order,
     common_form,
@@ -49,8 +52,19 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """The experts of a block: `router` float32 [experts, hidden]; `inner` has rows of gate and up in turn, `down` the rest."""
+
+    router: str
+    inner: Blocks
+    down: Blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
     """What the graphs refer to. `linears` by stem such as `model.layers.0.attn.qkv_proj`; `vectors` by their tensor's name.
+
+    `experts` by block, of those that have some.
 
     `rotary`: cosines and sines, float32 [context, head_dim/2]. `cache`: for each layer the scales of keys and of values where they are
     kept in 8 bits, float32 [1, kv_heads, 1, head_dim]; else nothing.
@@ -60,6 +74,7 @@ class Weights:
     vectors: Mapping[str, str]
     embedding: Table
     rotary: tuple[str, str]
+    experts: Mapping[int, Experts] = field(default_factory=dict)
     cache: tuple[tuple[str, str], ...] = ()
 
 
@@ -73,7 +88,10 @@ def place_weights(
     specs = {spec.name: spec for spec in checkpoint.tensors}
     table, head = _place_ends(checkpoint, config, data, specs)
     linears, activations = {"lm_head": head}, checkpoint.activations
+    experts: dict[int, Experts] = {}
     for layer in range(config.num_layers):
+        if (found := _place_experts(checkpoint, data, layer)) is not None:
+            experts[layer] = found
         down = checkpoint.permutation(f"model.layers.{layer}.mlp.down_proj.weight")
         for stem, members in _stacks(checkpoint, specs, layer):
             tensors = [specs[f"{member}.weight"] for member in members]
@@ -91,7 +109,32 @@ def place_weights(
     }
     rotary = _place_rotary(data, config, context)
     steps = () if cache is None else _place_cache(data, cache)
-    return Weights(linears=linears, vectors=vectors, embedding=table, rotary=rotary, cache=steps)
+    return Weights(linears=linears, vectors=vectors, embedding=table, rotary=rotary, experts=experts, cache=steps)
+
+
+def _place_experts(checkpoint: QuantizedCheckpoint, data: DataFile, layer: int) -> Experts | None:
+    """Place a block's experts; None where it has none. Raises `UsageError` for columns in another order than inputs."""
+    specs = {spec.key: spec for spec in checkpoint.tensors if spec.layer == layer}
+    router = specs.get("ffn_gate_inp.weight")
+    if router is None:
+        return None
+    count = sum(spec.kind == "ffn_down_exps" for spec in specs.values())
+    gates, ups, downs = (
+        [specs[f"ffn_{part}_exps.{expert}.weight"] for expert in range(count)] for part in ("gate", "up", "down")
+    )
+    for spec in (*gates, *ups, *downs):
+        if checkpoint.permutation(spec.name) is not None:
+            raise UsageError(
+                f"{spec.name}: columns in order of activation have no form among experts in ONNX; --to gptq"
+            )
+    # One scheme for all of them: the plan has refused others.
+    inner, down = expert_forms(checkpoint.scheme(downs[0].name), (gates[0].columns, downs[0].columns))
+    name = f"model.layers.{layer}.mlp"
+    return Experts(
+        router=add_floats(data, checkpoint, f"{name}.router.weight", [router]),
+        inner=add_experts(data, checkpoint, f"{name}.experts.gate_up_proj", list(zip(gates, ups, strict=True)), inner),
+        down=add_experts(data, checkpoint, f"{name}.experts.down_proj", [[spec] for spec in downs], down),
+    )
 
 
 def _stacks(
@@ -101,6 +144,8 @@ def _stacks(
     block = f"model.layers.{layer}."
     for stem, members in _STACKS.items():
         names = tuple(block + member for member in members)
+        if f"{names[0]}.weight" not in specs:
+            continue  # experts
         alike = common_form(checkpoint, [specs[f"{name}.weight"] for name in names])
         biased = {f"{name}.bias" in specs for name in names}
         orders = {_bytes(checkpoint.permutation(f"{name}.weight")) for name in names}

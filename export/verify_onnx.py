@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from r1q.models.config import ModelConfig
 
 SLAB_WEIGHTS = 1 << 20
+_TYPES = {"qwen3_moe": "qwen3"}  # onnxruntime-genai 0.18 has no name of its own for them
 # What float32 may cost: half a step of a number up to 1, and that of a frequency, as often as it turned.
 _ROUNDING = 1.5 * 2.0**-24
 Integers = NDArray[np.int16]
@@ -77,7 +78,7 @@ def _setting_defects(folder: OnnxFolder, config: ModelConfig) -> Iterator[Defect
         return
     model, decoder = ("model",), ("model", "decoder")
     wanted: list[tuple[tuple[str, ...], object]] = [
-        ((*model, "type"), config.family),
+        ((*model, "type"), _TYPES.get(config.family, config.family)),
         ((*model, "vocab_size"), config.vocab_size),
         ((*decoder, "head_size"), config.head_dim),
         ((*decoder, "hidden_size"), config.hidden_size),
@@ -153,7 +154,7 @@ class _Comparison:
 
     def defects_of(self, reading: Reading) -> Iterator[Defect]:
         """Yield the tensors of a followed graph that differ, are missing, or are none of the checkpoint's."""
-        specs: dict[Key, TensorSpec] = {(s.layer, s.kind, s.part): s for s in self.checkpoint.tensors}
+        specs: dict[Key, TensorSpec] = {_key(spec): spec for spec in self.checkpoint.tensors}
         if self.config.tied:
             specs[None, "output", "weight"] = specs[None, "token_embd", "weight"]
         name, orders = reading.graph.path.name, row_orders(self.checkpoint, reading, specs)
@@ -189,7 +190,7 @@ class _Comparison:
     def _tensor(self, bound: Bound, spec: TensorSpec, order: Order | None) -> Defect | None:
         """Hold a tensor, whose rows stand in `order`, against the checkpoint's."""
         self.compared.add(spec.name)
-        held, rows = bound.held, bound.stop - bound.start
+        held, rows = bound.held, bound.rows
         shape, dtype = ((rows, held.columns), "float32") if isinstance(held, Matrix) else ((rows,), held.dtype)
         if shape != spec.shape or dtype != "float32":
             what = f"is {list(shape)} ({dtype}) at {bound.node}, the checkpoint has {list(spec.shape)}"
@@ -206,7 +207,7 @@ class _Comparison:
                 values = self._float_rows(held, bound.start + start, bound.start + stop)
                 found, by = _differences(values, self._wanted_floats(spec, chosen))
             else:
-                found, by = self._block_rows(held, bound.start + start, spec, chosen)
+                found, by = self._block_rows(held, bound.start + start * bound.step, bound.step, spec, chosen)
             counts = {what: counts[what] + found.get(what, 0) for what in counts}
             largest = max(largest, by)
         return Defect.of_counts(spec.name, counts, largest)
@@ -231,9 +232,12 @@ class _Comparison:
         packed = self.checkpoint.packed_rows(spec.name, first, int(rows.max()) + 1)[rows - first]
         return unpack(self.checkpoint.scheme(spec.name), packed, spec.columns)
 
-    def _block_rows(self, held: Matrix, first: int, spec: TensorSpec, rows: Order) -> tuple[dict[str, int], float]:
-        """Return how many codes and scales of some rows differ from the checkpoint's `rows`, and by how much values do at most."""
-        levels, scales = self._unpacked(held, first, first + len(rows))
+    def _block_rows(
+        self, held: Matrix, first: int, step: int, spec: TensorSpec, rows: Order
+    ) -> tuple[dict[str, int], float]:
+        """Return how many codes and scales of every `step`th row differ from the checkpoint's `rows`; values by how much at most."""
+        levels, scales = self._unpacked(held, first, first + step * (len(rows) - 1) + 1)
+        levels, scales = levels[::step], scales[::step]
         scheme = self.checkpoint.scheme(spec.name)
         counts: dict[str, int] = {}
         if scheme.facts.family == "float":
@@ -307,10 +311,14 @@ class _Comparison:
         return Defect.of_counts(name, {"value": wrong}, largest)
 
 
+def _key(spec: TensorSpec) -> Key:
+    return spec.layer, spec.kind if spec.expert is None else f"{spec.kind}.{spec.expert}", spec.part
+
+
 def _place(bound: Bound) -> tuple[object, ...]:
     held = bound.held
     parts = (held.weight, held.scales, held.zeros) if isinstance(held, Matrix) else (held,)
-    return (bound.start, bound.stop, *(_address(part) for part in parts if part is not None))
+    return (bound.start, bound.stop, bound.step, *(_address(part) for part in parts if part is not None))
 
 
 def _address(tensor: OnnxTensor) -> tuple[object, ...]:

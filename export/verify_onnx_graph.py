@@ -17,6 +17,7 @@ import numpy as np
 
 from r1q.core.onnx_file import OnnxFolder
 from r1q.core.onnx_graph import OnnxGraph, OnnxNode, OnnxTensor
+from r1q.export.verify_onnx_experts import mixture, softmax
 from r1q.export.verify_onnx_integers import dequantize, quantize
 from r1q.export.verify_onnx_order import gather, shape, spread
 from r1q.export.verify_onnx_values import (
@@ -25,15 +26,18 @@ from r1q.export.verify_onnx_values import (
     Attended,
     Bound,
     Count,
+    Flat,
     Gated,
     Logits,
     Matrix,
     MisfitError,
+    Mixed,
     Normed,
     Place,
     Product,
     Reading,
     Stream,
+    blocks,
     stated,
 )  # fmt: skip
 
@@ -142,7 +146,7 @@ def _gather_blocks(reading: Reading, node: OnnxNode) -> None:
     if node.input(1) != IDS or len(data.shape) != 2 or data.dtype != "uint8" or bits not in (2, 4, 8):
         raise MisfitError(f"looks {node.input(1)!r} up in {data.dtype} {list(data.shape)}")
     reading.settings(node, {"gather_axis": 0, "quantize_axis": 1}, free=("bits", "block_size"))
-    _look_up(reading, node, _blocks(reading, node, {"codes": 0, "scales": 2}, (data.shape[0], -1, bits, block)))
+    _look_up(reading, node, blocks(reading, node, {"codes": 0, "scales": 2}, (data.shape[0], -1, bits, block)))
 
 
 def _look_up(reading: Reading, node: OnnxNode, table: Matrix) -> None:
@@ -151,33 +155,13 @@ def _look_up(reading: Reading, node: OnnxNode, table: Matrix) -> None:
     reading.make(node, Stream(0))
 
 
-def _blocks(reading: Reading, node: OnnxNode, at: Mapping[str, int], facts: tuple[object, ...]) -> Matrix:
-    """Return a matrix in blocks whose tensors have the sizes that (rows, columns or −1, bits, block) ask for."""
-    numbers = [fact for fact in facts if isinstance(fact, int)]
-    codes, scales = reading.held(node, at["codes"]), reading.held(node, at["scales"])
-    zeros = reading.held(node, 3) if node.input(3) else None
-    if len(numbers) != 4 or numbers[2] not in (2, 4, 8) or min(numbers[0], numbers[3]) < 1:
-        raise MisfitError(f"has the sizes {facts}")
-    rows, columns, bits, block = numbers
-    if columns == -1:
-        columns = codes.size // rows * 8 // bits
-    count = -(-columns // block)
-    wanted = [(codes, "uint8", rows * count * (block * bits // 8)), (scales, "float32", rows * count)]
-    if zeros is not None:
-        wanted.append((zeros, "uint8", rows * -(-count * bits // 8)))
-    for tensor, dtype, size in wanted:
-        if (tensor.dtype, tensor.size) != (dtype, size):
-            raise MisfitError(f"takes {tensor.name!r}, {tensor.dtype} {list(tensor.shape)}, not {size} of {dtype}")
-    return Matrix(weight=codes, rows=rows, columns=columns, scales=scales, zeros=zeros, bits=bits, block=block)
-
-
 def _matmul_blocks(reading: Reading, node: OnnxNode) -> None:
     if node.input(4):
         raise MisfitError(f"has a g_idx, {node.input(4)!r}")
     defaults = {"N": 0, "K": 0, "bits": 4, "block_size": 0}
     reading.settings(node, {"accuracy_level": 4}, free=tuple(defaults))
     facts = tuple(node.attributes.get(name, default) for name, default in defaults.items())
-    matrix = _blocks(reading, node, {"codes": 1, "scales": 2}, facts)
+    matrix = blocks(reading, node, {"codes": 1, "scales": 2}, facts)
     _multiply(reading, node, matrix, reading.held(node, 5) if node.input(5) else None)
 
 
@@ -196,7 +180,7 @@ def _matmul(reading: Reading, node: OnnxNode) -> None:
 
 def _multiply(reading: Reading, node: OnnxNode, matrix: Matrix, bias: OnnxTensor | None) -> None:
     of = reading.value(node, 0, Place)
-    if not isinstance(of, Normed | Attended | Gated):
+    if not isinstance(of, Normed | Flat | Attended | Gated):
         raise MisfitError("multiplies what is neither normalized nor attended nor gated")
     if of.order is not None and of.order.size != matrix.columns:
         raise MisfitError(
@@ -231,6 +215,8 @@ def _sum(reading: Reading, node: OnnxNode) -> Stream:
     kinds = {Attended: "attn_output", Gated: "ffn_down"}
     for stream, other in ((0, 1), (1, 0)):
         residual, branch = (reading.values.get(node.input(index)) for index in (stream, other))
+        if isinstance(residual, Stream) and branch == Mixed(residual.stage, residual.last):
+            return Stream(residual.stage + 1, residual.last)
         if not isinstance(residual, Stream) or not isinstance(branch, Product) or not _is_whole(branch):
             continue
         kind = kinds.get(type(branch.of))
@@ -272,6 +258,8 @@ def _reshape(reading: Reading, node: OnnxNode) -> None:
         if math.prod(shape) != tensor.size or min(shape, default=0) < 1:
             raise MisfitError(f"gives {tensor.name!r} the shape {shape}")
         reading.constants[node.outputs[0]] = replace(tensor, shape=tuple(shape))
+    elif isinstance(found, Normed) and found.order is None and shape == [-1, reading.config.hidden_size]:
+        reading.make(node, Flat(found.stage, found.last))
     elif isinstance(found, Product) and not found.form and shape == [0, 0, -1, reading.config.head_dim]:
         reading.make(node, replace(found, form="heads"))
     elif isinstance(found, Product) and found.form == "heads" and shape in ([0, 0, found.rows], [0, 0, -1]):
@@ -384,6 +372,7 @@ _RULES: Mapping[tuple[str, str], Callable[[Reading, OnnxNode], None]] = {
     ("", "Add"): _add,
     ("", "Mul"): _mul,
     ("", "Sigmoid"): _activate("sigmoid"),
+    ("", "Softmax"): softmax,
     ("", "MatMul"): _matmul,
     ("", "QuantizeLinear"): quantize,
     ("", "DequantizeLinear"): dequantize,
@@ -394,4 +383,5 @@ _RULES: Mapping[tuple[str, str], Callable[[Reading, OnnxNode], None]] = {
     (_MICROSOFT, "QuickGelu"): _activate("silu"),
     (_MICROSOFT, "SkipSimplifiedLayerNormalization"): _skip_norm,
     (_MICROSOFT, "GroupQueryAttention"): _attention,
+    (_MICROSOFT, "QMoE"): mixture,
 }

@@ -51,6 +51,8 @@ Key = tuple[int | None, str, str]  # layer, kind and part, as in `core.tensors.T
 class Bound:
     """A tensor of the model found in the graph: `key`, and the rows (elements of a vector) [start, stop) of `held` that are it.
 
+    Of rows that several take in turn it is every `step`th. Of an expert the kind in the key ends with its number: `ffn_up_exps.17`.
+
     `order`: which inputs the columns are multiplied by, None where those are 0, 1, ….
     """
 
@@ -60,6 +62,12 @@ class Bound:
     stop: int
     node: str
     order: OnnxTensor | None = None
+    step: int = 1
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return len(range(self.start, self.stop, self.step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +101,18 @@ class Normed(Place):
     __slots__ = ()
 
 
+class Flat(Place):
+    """The norm of the residual stream, a row for each token."""
+
+    __slots__ = ()
+
+
+class Mixed(Place):
+    """The weighted sum of what experts made of the norm."""
+
+    __slots__ = ()
+
+
 class Attended(Place):
     """What the heads of an attention gathered."""
 
@@ -116,7 +136,7 @@ class Product:
     """Rows [start, stop) of `matrix` times `of` in an `order`, plus as many of `bias`.
 
     `spelled`: scale and zero of the integers that `of` was rounded to before. `norm`: its heads were normalized with it. `form`: what
-    was done to the product since ("heads", "sigmoid", "silu").
+    was done to the product since ("heads", "sigmoid", "silu", "softmax").
     """
 
     of: Place
@@ -250,6 +270,27 @@ class Reading:
         key = (layer, kind, "weight")
         self.bound.append(Bound(key=key, held=gamma, start=0, stop=gamma.size, node=str(node)))
         self.settings(node, {"epsilon": self.config.rms_norm_eps, "axis": -1, "stash_type": 1})
+
+
+def blocks(reading: Reading, node: OnnxNode, at: Mapping[str, int], facts: tuple[object, ...]) -> Matrix:
+    """Return a matrix in blocks whose tensors, inputs `at`, have the sizes that (rows, columns or −1, bits, block) ask for."""
+    numbers = [fact for fact in facts if isinstance(fact, int)]
+    codes, scales = reading.held(node, at["codes"]), reading.held(node, at["scales"])
+    place = at.get("zeros", 3)
+    zeros = reading.held(node, place) if node.input(place) else None
+    if len(numbers) != 4 or numbers[2] not in (2, 4, 8) or min(numbers[0], numbers[3]) < 1:
+        raise MisfitError(f"has the sizes {facts}")
+    rows, columns, bits, block = numbers
+    if columns == -1:
+        columns = codes.size // rows * 8 // bits
+    count = -(-columns // block)
+    wanted = [(codes, "uint8", rows * count * (block * bits // 8)), (scales, "float32", rows * count)]
+    if zeros is not None:
+        wanted.append((zeros, "uint8", rows * -(-count * bits // 8)))
+    for tensor, dtype, size in wanted:
+        if (tensor.dtype, tensor.size) != (dtype, size):
+            raise MisfitError(f"takes {tensor.name!r}, {tensor.dtype} {list(tensor.shape)}, not {size} of {dtype}")
+    return Matrix(weight=codes, rows=rows, columns=columns, scales=scales, zeros=zeros, bits=bits, block=block)
 
 
 def stated(config: object, *keys: str) -> Any:

@@ -95,7 +95,8 @@ def _integers(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
     if head_bits not in HEAD_BITS:
         raise UsageError(f"a head of {head_bits} bits is none of {', '.join(map(str, HEAD_BITS))}")
     kept = _kept(bits, wish, tensors)
-    recipe = integer_recipe(bits, group_size, wish.symmetric, tensors, head_bits=head_bits, kept=kept)
+    finer = _finer(bits, wish, tensors)
+    recipe = integer_recipe(bits, group_size, wish.symmetric, tensors, head_bits=head_bits, kept=kept, finer=finer)
     if wish.group_size is not None:
         why = f"groups of {wish.group_size} as asked" if wish.group_size > 0 else "one group a row as asked"
     elif group_size == 32:
@@ -107,6 +108,8 @@ def _integers(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
         ends += "; experts alone, what thinks stays bf16"
     elif kept:
         ends += "; kv_b_proj stays bf16"
+    elif finer:
+        ends += f"; experts alone have {bits} bits, what thinks has 8"
     reason = f"{recipe.name} ({recipe.base}): {_asked(wish)}, {why}; {ends}"
     return Choice(recipe=recipe, reason=reason)
 
@@ -118,9 +121,23 @@ def _kept(bits: int, wish: Wish, tensors: Sequence[TensorSpec]) -> tuple[str, ..
     """
     if "gptq" not in wish.formats:
         return ()
-    kinds = dict.fromkeys(s.kind for s in tensors if s.is_matrix and s.layer is not None and s.expert is None)
+    thinking = _thinking(tensors)
+    return tuple(kind for kind in _inside(tensors) if kind in KV_B_HALVES or (bits < 8 and kind in thinking))
+
+
+def _finer(bits: int, wish: Wish, tensors: Sequence[TensorSpec]) -> tuple[str, ...]:
+    """Return the kinds that have 8 bits in an ONNX folder where experts have fewer: there each product has a grid of its own."""
+    return _thinking(tensors) if wish.formats == ("onnx",) and bits < 8 else ()
+
+
+def _thinking(tensors: Sequence[TensorSpec]) -> tuple[str, ...]:
+    """Return the kinds inside of the blocks that are no expert's, nor a router; none where no block has experts."""
     sparse = any(spec.expert is not None for spec in tensors)
-    return tuple(kind for kind in kinds if kind in KV_B_HALVES or (sparse and bits < 8 and kind not in ROUTERS))
+    return tuple(kind for kind in _inside(tensors) if kind not in ROUTERS) if sparse else ()
+
+
+def _inside(tensors: Sequence[TensorSpec]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(s.kind for s in tensors if s.is_matrix and s.layer is not None and s.expert is None))
 
 
 def _asked(wish: Wish) -> str:

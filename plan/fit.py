@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from r1q.calibration.sensitivity import Sensitivity, sensitivities
 from r1q.core.errors import ResourceError
+from r1q.core.mixtures import never_coded
 from r1q.core.recipe import PlannedTensor, Recipe, Rule, resolve
 from r1q.core.scheme import Scheme
 from r1q.core.tensors import TensorSpec
@@ -25,6 +26,7 @@ from r1q.plan.swaps import Option, Stack, Swap, Tokens, swapped
 from r1q.quantize.rtn import rtn
 
 _ROWS = 256  # of a tensor that each grid is tried on
+_ROWS_OF_AN_EXPERT = 16  # whose grid all experts of a block have
 _GAP = 1e-4  # of the best possible loss
 _ROUNDS = 8  # of choosing again where what lies around the matrices grew
 
@@ -74,10 +76,10 @@ def fit_recipe(
         for tensor, value in entries.items():
             found.setdefault(tensor, []).append(value)
         yield Step(stage="sensitivity", done=done, total=total)
-    matrices = [spec for spec in source.tensors if spec.is_matrix]
+    matrices = [spec for spec in source.tensors if not never_coded(spec)]
     stacks: dict[str, Stack] = {}
     for done, spec in enumerate(matrices, start=1):
-        felt = found[spec.gguf_name]
+        felt = found.get(_name(spec), [])
         one = Stack(members={spec: importance(spec, felt)}, options=tensor_options(source, spec, felt, holder))
         key = holder.stack(spec)
         stacks[key] = stacks[key] + one if key in stacks else one
@@ -99,6 +101,10 @@ def fit_recipe(
     )
 
 
+def _name(spec: TensorSpec) -> str:
+    return spec.gguf_name if spec.layer is None else f"blk.{spec.layer}.{spec.key}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fitting:
     """What a choice makes: a recipe, and the bytes of the artifact."""
@@ -109,9 +115,10 @@ class _Fitting:
     stacks: Mapping[str, Stack]
 
     def recipe(self, chosen: Mapping[str, Option]) -> Recipe:
-        schemes = {spec.name: chosen[key].scheme for key, stack in self.stacks.items() for spec in stack.members}
-        matrices = [spec for spec in self.source.tensors if spec.is_matrix]
-        rules = tuple(Rule(tensors=spec.gguf_name, scheme=schemes[spec.name]) for spec in matrices)
+        # By a GGUF tensor's name, which all experts of a block share.
+        schemes = {s.gguf_name: chosen[key].scheme for key, stack in self.stacks.items() for s in stack.members}
+        names = dict.fromkeys(spec.gguf_name for spec in self.source.tensors if spec.gguf_name in schemes)
+        rules = tuple(Rule(tensors=name, scheme=schemes[name]) for name in names)
         return Recipe(name=self.name, base=self.holder.base, rules=rules)
 
     def bytes(self, chosen: Mapping[str, Option]) -> int:
@@ -150,10 +157,14 @@ def tensor_options(
 
     Every n-th row is tried, and stands for its neighbours by its share of the rows' sensitivity.
     """
-    schemes = [scheme for scheme in holder.schemes if scheme.divides(spec.columns)] or [Scheme(grid="f16")]
-    rows = np.arange(0, spec.rows, max(1, spec.rows // _ROWS))
+    # What nobody has felt has the holder's base, but for experts that no token was sent to: they go with the others.
+    offered = holder.schemes if felt or spec.expert is not None else (holder.base,)
+    schemes = [scheme for scheme in offered if scheme.divides(spec.columns)] or [Scheme(grid="f16")]
+    tried = _ROWS if spec.expert is None else _ROWS_OF_AN_EXPERT
+    rows = np.arange(0, spec.rows, max(1, spec.rows // tried))
     weights = np.stack([source.read_rows(spec.name, int(row), int(row) + 1).reshape(-1) for row in rows])
     weighed = importance(spec, felt)
+    weighed = weighed if weighed.any() else np.ones_like(weighed)
     options = []
     for scheme in schemes:
         loss = 0.0

@@ -86,6 +86,8 @@ def _folder_bytes(source: ModelSource, planned: tuple[PlannedTensor, ...], recip
 
 
 def _product(spec: TensorSpec) -> str:
+    if spec.expert is not None:
+        return f"blk.{spec.layer}.experts"
     return spec.gguf_name if spec.kind not in _STACKS else f"blk.{spec.layer}.{_STACKS[spec.kind]}"
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +20,10 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 2}
 
 @dataclass(frozen=True)
 class Changed:
-    """A model with another matrix in one place."""
+    """A model with other matrices in some places."""
 
     source: ModelSource
-    name: str
-    matrix: np.ndarray
+    matrices: Mapping[str, np.ndarray]
 
     @property
     def config(self) -> ModelConfig:
@@ -34,13 +34,14 @@ class Changed:
         return self.source.tensors
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self.matrix[start:stop] if name == self.name else self.source.read_rows(name, start, stop)
+        found = self.matrices.get(name)
+        return self.source.read_rows(name, start, stop) if found is None else found[start:stop]
 
 
-def divergence(source: ModelSource, name: str, matrix: np.ndarray) -> float:
-    """Return the mean KL divergence, in nats a token, that the matrix causes; in float64 from float32 logits."""
+def divergence(source: ModelSource, matrices: Mapping[str, np.ndarray]) -> float:
+    """Return the mean KL divergence, in nats a token, that the matrices cause; in float64 from float32 logits."""
     kl = []
-    for exact, other in zip(logits(source, TOKENS), logits(Changed(source, name, matrix), TOKENS), strict=True):  # type: ignore[arg-type]
+    for exact, other in zip(logits(source, TOKENS), logits(Changed(source, matrices), TOKENS), strict=True):  # type: ignore[arg-type]
         p, q = (
             x.astype(np.float64) - np.log(np.exp(x.astype(np.float64)).sum(-1, keepdims=True)) for x in (exact, other)
         )
@@ -72,9 +73,28 @@ def test_small_errors_cost_what_was_predicted(make_model: MakeModel, family: str
         predicted = sum(
             0.5 * float(each.rows @ (error.astype(np.float64) ** 2 @ each.columns)) for each in found[spec.gguf_name]
         )
-        ratios[spec.gguf_name] = divergence(source, spec.name, exact + error) / predicted
+        ratios[spec.gguf_name] = divergence(source, {spec.name: exact + error}) / predicted
     assert 3 / 4 < np.median(list(ratios.values())) < 4 / 3, ratios
     assert {name: ratio for name, ratio in ratios.items() if not 1 / 3 < ratio < 3} == {}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_experts_cost_what_was_predicted(moe_models: SimpleNamespace, tmp_path: Path, family: str) -> None:
+    """All experts of a kind in a block changed at once, as they have one grid; a changed score may send a token elsewhere."""
+    source = ModelSource.open(moe_models.write_moe_model(tmp_path / "m", family, num_hidden_layers=2, head_gain=2.0))
+    found, rng, ratios = collect(source), np.random.default_rng(11), {}
+    for kind in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
+        specs = [spec for spec in source.tensors if (spec.kind, spec.layer) == (kind, 1)]
+        assert len(specs) == 8
+        changed, predicted = {}, 0.0
+        for spec in specs:
+            exact = source.read_rows(spec.name, 0, spec.rows)
+            error = 0.05 * float(np.sqrt(np.mean(exact**2))) * rng.standard_normal(exact.shape).astype(np.float32)
+            changed[spec.name] = exact + error
+            (felt,) = found[f"blk.1.{spec.key}"]
+            predicted += 0.5 * float(felt.rows @ (error.astype(np.float64) ** 2 @ felt.columns))
+        ratios[kind] = divergence(source, changed) / predicted
+    assert {kind: ratio for kind, ratio in ratios.items() if not 1 / 2 < ratio < 2} == {}
 
 
 def test_every_matrix_is_felt_and_a_tied_table_twice(make_model: MakeModel) -> None:

@@ -4,12 +4,14 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from r1q.cli import main as cli
+from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import ResourceError, UsageError
 from r1q.core.recipe import Recipe, resolve
 from r1q.core.scheme import Scheme
@@ -112,6 +114,33 @@ def test_an_onnx_folder_has_the_bytes_that_were_predicted(make_model: MakeModel,
     schemes = {rule.tensors: rule.scheme for rule in recipe.rules}
     for layer in range(2):
         assert len({schemes[f"blk.{layer}.attn_{part}.weight"] for part in "qkv"}) == 1  # one product has one form
+
+
+@pytest.mark.parametrize(
+    ("family", "to", "budget"),
+    [("qwen3_moe", "gguf", 800_000), ("qwen3_moe", "onnx", 1_000_000), ("deepseek_v3", "gguf", 600_000)],
+)
+def test_experts_of_a_block_share_a_grid_within_the_bytes(
+    moe_models: SimpleNamespace, tmp_path: Path, family: str, to: str, budget: int
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 2}
+    model, out = moe_models.write_moe_model(tmp_path / "m", family, **sizes), tmp_path / "out"
+    result = CliRunner().invoke(cli, ["quantize", str(model), "--fit", str(budget), "--to", to, "-o", str(out), "-q"])
+    assert result.exit_code == 0, result.output
+    files = list((out / "onnx").iterdir()) if to == "onnx" else list(out.glob("*.gguf"))
+    size = sum(file.stat().st_size for file in files)
+    assert 0.95 * budget < size <= budget
+    checkpoint = QuantizedCheckpoint.open(out / "checkpoint")
+    grids: dict[object, set[str]] = {}
+    for spec in checkpoint.tensors:
+        if spec.expert is not None:
+            # QMoE has one grid for all of a block's, GGUF one for each of three stacks.
+            grids.setdefault(spec.layer if to == "onnx" else spec.gguf_name, set()).add(
+                str(checkpoint.scheme(spec.name))
+            )
+        elif spec.kind == "ffn_gate_inp":
+            assert checkpoint.scheme(spec.name).facts.family == "float"
+    assert {len(each) for each in grids.values()} == {1}
 
 
 def test_what_a_budget_cannot_do_is_said_before_anything_is_read(make_model: MakeModel, tmp_path: Path) -> None:

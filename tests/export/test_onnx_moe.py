@@ -1,0 +1,280 @@
+"""ONNX folders of models with experts: QMoE's logits against our forward pass of the same codes, and verify on its rows in turn.
+
+QMoE computes 4 bits, and 2 in blocks of 16, in float32: there logits, which reach 28, differ by other orders of the same sums, as in
+tests/models/test_moe_forward.py. 8 bits it multiplies with inputs rounded to int8, which now and then sends a token to another expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from r1q.benchmarks.subject_folders import folder_subject
+from r1q.core.artifact import OutputFolder
+from r1q.core.checkpoint import QuantizedCheckpoint
+from r1q.core.errors import UsageError
+from r1q.core.recipe import Recipe, Rule
+from r1q.core.scheme import Scheme
+from r1q.export.lint import lint_path
+from r1q.export.onnx import write_onnx
+from r1q.export.verified import Verified
+from r1q.export.verify import verify_path
+from r1q.models.config import ModelConfig
+from r1q.models.embedded import OpenedModel
+from r1q.models.forward import Configured, logits
+from r1q.models.source import ModelSource
+from r1q.plan.choose import Wish, choose_recipe
+from r1q.plan.plan import make_plan
+from r1q.plan.walk import quantize_model
+from r1q.runtimes.base import Options
+from r1q.runtimes.table import load_runtime
+
+pytest.importorskip("onnxruntime")
+
+Make = Callable[..., OutputFolder]
+Edit = Callable[[Any], None]
+TOLERANCE = 1e-4
+SIZES = {"hidden_size": 128, "intermediate_size": 96, "moe_intermediate_size": 64}
+BLOCK = "/model/layers.2/mlp/"
+EXPERT = "model.layers.2.mlp.experts."
+
+
+@pytest.fixture
+def make(moe_models: SimpleNamespace, tmp_path: Path) -> Make:
+    """Return `make(settings of the model, **wish) -> OutputFolder` with a checkpoint and an ONNX folder."""
+
+    def run(settings: dict[str, Any] | None = None, **wish: Any) -> OutputFolder:
+        folder = moe_models.write_moe_model(tmp_path / "m", "qwen3_moe", **SIZES | (settings or {}))
+        source = ModelSource.open(folder)
+        recipe = choose_recipe(Wish(formats=("onnx",), **wish), source.tensors).recipe
+        list(quantize_model(OpenedModel(source), make_plan(source, recipe, ("onnx",)), OutputFolder(tmp_path / "out")))
+        return OutputFolder(tmp_path / "out")
+
+    return run
+
+
+def some_tokens(length: int = 48) -> list[int]:
+    return [int(token) for token in np.random.default_rng(7).integers(0, 320, length)]
+
+
+def expected(checkpoint: QuantizedCheckpoint) -> Any:
+    source = Configured(ModelConfig.read(checkpoint.sidecar), checkpoint)
+    return next(logits(source, np.array([some_tokens()])))
+
+
+def by_every_route(folder: Path, runtime: str) -> tuple[Any, Any]:
+    """Return logits of all positions at once, and from position 31 on by one prefill and single steps."""
+    tokens = some_tokens()
+    with load_runtime(runtime).open(folder, Options(threads=2)) as session:
+        whole = session.logits(tokens)
+        rows = [session.prefill(0, tokens[:32]), *(session.step([(0, token)])[0] for token in tokens[32:])]
+    return whole, np.stack(rows)
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "4 bits": ({}, {"bits": 4}),
+    "4 bits, zero points, weights as they are, a dense block": (
+        {"norm_topk_prob": False, "mlp_only_layers": [1]},
+        {"bits": 4, "group_size": 32, "symmetric": False},
+    ),
+    "4 bits, a scale a row, every second block, tied": (
+        {"decoder_sparse_step": 2, "tie_word_embeddings": True},
+        {"bits": 4, "group_size": -1},
+    ),
+    "2 bits": ({}, {"bits": 2, "group_size": 16}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_logits_are_those_of_the_same_codes(make: Make, tmp_path: Path, case: str) -> None:
+    settings, wish = CASES[case]
+    checkpoint = QuantizedCheckpoint.open(make(settings, **wish).path / "checkpoint")
+    exact = write_onnx(checkpoint, tmp_path / "exact", accuracy_level=1)
+    wanted = expected(checkpoint)
+    assert np.abs(wanted).max() > 10
+    for runtime in ("onnxruntime", "onnxruntime-genai"):
+        whole, rows = by_every_route(exact, runtime)
+        np.testing.assert_allclose(whole, wanted, atol=TOLERANCE)
+        np.testing.assert_allclose(rows, wanted[31:], atol=TOLERANCE)
+
+
+def test_8_bits_are_as_near_as_rounded_inputs_allow(make: Make) -> None:
+    checkpoint = QuantizedCheckpoint.open((output := make(bits=8)).path / "checkpoint")
+    wanted = expected(checkpoint)
+    whole, _ = by_every_route(output.path / "onnx", "onnxruntime")
+    assert 0 < np.median(np.abs(whole - wanted)) < 0.1 * wanted.std()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_as_written_has_the_same_weights_and_nothing_slow(make: Make, case: str) -> None:
+    settings, wish = CASES[case]
+    output = make(settings, **wish)
+    checkpoint, result = verify_path(output.path)
+    assert result.defects == ()
+    assert result.tensors == checkpoint.tensors + 2  # and two rotary tables
+    (linted,) = lint_path(output.path / "onnx", frozenset())
+    assert not linted.findings
+
+
+def test_experts_alone_have_few_bits_where_onnx_is_all_that_is_asked_for(make: Make) -> None:
+    checkpoint = QuantizedCheckpoint.open(make(bits=4).path / "checkpoint")
+    grids = {s.kind: str(checkpoint.scheme(s.name)) for s in checkpoint.tensors if s.layer == 0 and s.is_matrix}
+    assert {grids[f"ffn_{part}_exps"] for part in ("gate", "up", "down")} == {"int4 g64"}
+    assert {grids[f"attn_{part}"] for part in ("q", "k", "v", "output")} == {"int8 g64"}
+    assert grids["ffn_gate_inp"] == "f32"
+
+
+def result_of(output: OutputFolder) -> Verified:
+    return next(result for result in verify_path(output.path) if result.format == "onnx")
+
+
+def node(graph: Any, name: str) -> Any:
+    return next(node for node in graph.node if node.name == BLOCK + name)
+
+
+def damage(output: OutputFolder, edit: Edit) -> None:
+    path = output.path / "onnx" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    edit(model.graph)
+    onnx.save(model, path)
+    output.record("onnx", output.path / "onnx", ())
+
+
+def change_bytes(output: OutputFolder, name: str, at: int, change: Callable[[Any], None]) -> None:
+    """Change the stored bytes of input `at` of a node; where they lie is the onnx package's word."""
+    path = output.path / "onnx" / "model.onnx"
+    graph = onnx.load(path, load_external_data=False).graph
+    tensor = next(tensor for tensor in graph.initializer if tensor.name == node(graph, name).input[at])
+    facts = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    values: Any = np.memmap(
+        path.with_name(facts["location"]), dtype, "r+", offset=int(facts["offset"]), shape=tuple(tensor.dims)
+    )
+    change(values)
+    values.flush()
+    output.record("onnx", output.path / "onnx", ())
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "place", "where", "said"),
+    [
+        ("QMoE", 2, (0, 0, 0), "0.gate_proj", "1 code differs"),
+        ("QMoE", 2, (7, 127, 63), "7.up_proj", "1 code differs"),
+        ("QMoE", 3, (3, 2, 1), "3.gate_proj", "1 scale differs"),
+        ("QMoE", 5, (5, 9, 0), "5.down_proj", "1 code differs"),
+        ("QMoE", 6, (6, 127, 0), "6.down_proj", "1 scale differs"),
+    ],
+)
+def test_one_flipped_bit_is_found(
+    make: Make, name: str, at: int, place: tuple[int, ...], where: str, said: str
+) -> None:
+    output = make(bits=4)
+
+    def flip(values: Any) -> None:
+        bits = values.view(f"u{values.dtype.itemsize}")
+        bits[place] ^= 1
+
+    change_bytes(output, name, at, flip)
+    (defect,) = result_of(output).defects
+    assert (defect.where, said in defect.what) == (f"{EXPERT}{where}.weight", True)
+
+
+def test_what_changed_places_is_found(make: Make) -> None:
+    def two_experts(values: Any) -> None:
+        values[[1, 4]] = values[[4, 1]]
+
+    def gate_and_up(values: Any) -> None:
+        values[2, [6, 7]] = values[2, [7, 6]]
+
+    output = make(bits=4)
+    change_bytes(output, "QMoE", 5, two_experts)
+    change_bytes(output, "QMoE", 2, gate_and_up)
+    wrong = {f"{EXPERT}{name}.weight" for name in ("1.down_proj", "4.down_proj", "2.gate_proj", "2.up_proj")}
+    assert {defect.where for defect in result_of(output).defects} == wrong
+
+
+def test_a_router_of_another_block_is_found(make: Make) -> None:
+    def edit(graph: Any) -> None:
+        other = next(node for node in graph.node if node.name == "/model/layers.1/mlp/router/MatMul")
+        node(graph, "router/MatMul").input[1] = other.input[1]
+
+    output = make(bits=4)
+    damage(output, edit)
+    assert "model.layers.2.mlp.gate.weight" in {defect.where for defect in result_of(output).defects}
+
+
+def _set(key: str, value: Any) -> Edit:
+    def edit(graph: Any) -> None:
+        found = node(graph, "QMoE")
+        kept = [attribute for attribute in found.attribute if attribute.name != key]
+        del found.attribute[:]
+        found.attribute.extend([*kept, onnx.helper.make_attribute(key, value)])
+
+    return edit
+
+
+def _input(at: int, of: Callable[[Any], str]) -> Edit:
+    def edit(graph: Any) -> None:
+        node(graph, "QMoE").input[at] = of(graph)
+
+    return edit
+
+
+LIES: dict[str, tuple[Edit, str]] = {
+    "fewer experts": (_set("k", 2), "k is 2, the model needs 3"),
+    "weights": (_set("normalize_routing_weights", 0), "normalize_routing_weights is 0, the model needs 1"),
+    "one beside up": (_set("activation_beta", 1.0), "activation_beta is 1, the model needs 0"),
+    "clamped": (_set("swiglu_limit", 7.0), "has the attribute swiglu_limit 7"),
+    "halves": (_set("swiglu_fusion", 2), "swiglu_fusion is 2, the model needs 1"),
+    "another activation": (_set("activation_type", "silu"), "activation_type is"),
+    "scores as shares": (
+        _input(14, lambda graph: node(graph, "router/MatMul").output[0]),
+        "does not take 8 scores of what it mixes, and their softmax",
+    ),
+    "shares of another block": (_input(14, lambda _: "/model/layers.1/mlp/router/Softmax/output_0"), "does not take 8"),
+    "blocks": (_set("block_size", 32), "takes 'model.layers.2.mlp.experts.gate_up_proj.scales'"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_graph_that_mixes_otherwise_is_found(make: Make, lie: str) -> None:
+    edit, said = LIES[lie]
+    output = make(bits=4)
+    damage(output, edit)
+    defects = [str(defect) for defect in result_of(output).defects]
+    assert any(said in defect for defect in defects), defects
+    assert len(defects) <= 2  # and not a line for everything that follows from it
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        (
+            (Rule(tensors="blk.*.ffn_down_exps.weight", scheme=Scheme(grid="q8_0")),),
+            "one grid for all experts of a block",
+        ),
+        ((Rule(tensors="blk.*.ffn_*_exps.weight", scheme=Scheme(grid="bf16")),), "computes experts in integers"),
+    ],
+)
+def test_what_qmoe_cannot_hold_is_refused(
+    moe_models: SimpleNamespace, tmp_path: Path, rules: tuple[Rule, ...], says: str
+) -> None:
+    source = ModelSource.open(moe_models.write_moe_model(tmp_path / "m", "qwen3_moe", **SIZES))
+    with pytest.raises(UsageError, match=says):
+        make_plan(source, Recipe(name="r", base=Scheme(grid="q4_0"), rules=rules), ("onnx",))
+
+
+def test_a_token_touches_the_experts_it_is_sent_to(make: Make) -> None:
+    subject = folder_subject(make(bits=4).path / "onnx", "onnx")
+    expert = 3 * SIZES["hidden_size"] * SIZES["moe_intermediate_size"]
+    assert subject.traffic is not None
+    assert subject.grid == "onnx int4 g64"
+    # 8 experts in 3 blocks, of which a token is sent to 3; the embedding is looked up.
+    looked_up = 320 * SIZES["hidden_size"]
+    assert subject.weights - subject.traffic.touched_weights == 3 * 5 * expert + looked_up
