@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 
 from r1q.benchmarks.subject_folders import folder_subject
+from r1q.cli import main as cli
 from r1q.core.artifact import OutputFolder
 from r1q.core.checkpoint import QuantizedCheckpoint
 from r1q.core.errors import UsageError
@@ -120,6 +122,20 @@ def test_a_folder_as_written_has_the_same_weights_and_nothing_slow(make: Make, c
     assert result.tensors == checkpoint.tensors + 2  # and two rotary tables
     (linted,) = lint_path(output.path / "onnx", frozenset())
     assert not linted.findings
+
+
+def test_three_formats_of_one_calibrated_run_hold_the_same_integers(
+    moe_models: SimpleNamespace, tmp_path: Path
+) -> None:
+    sizes = SIZES | {"intermediate_size": 128}
+    folder, out = moe_models.write_moe_model(tmp_path / "m", "qwen3_moe", **sizes), tmp_path / "out"
+    asked = ["--bits", "4", "--to", "gguf,gptq,onnx", "--effort", "fast", "--samples", "2", "--seq-len", "64"]
+    result = CliRunner().invoke(cli, ["quantize", str(folder), *asked, "-o", str(out), "-q"])
+    assert result.exit_code == 0, result.output
+    results = {result.format: result for result in verify_path(out)}
+    assert list(results) == ["checkpoint", "gguf", "gptq", "onnx"]
+    assert all(not result.defects for result in results.values())
+    assert all("same weights" in results[name].text() for name in ("gguf", "gptq", "onnx"))
 
 
 def test_experts_alone_have_few_bits_where_onnx_is_all_that_is_asked_for(make: Make) -> None:
