@@ -48,9 +48,8 @@ class Traffic:
 
 def cache_values(config: ModelConfig) -> int:
     """Return how many numbers are kept for each position: keys and values, or the latents that both are made of."""
-    latent = config.latent
-    kept = 2 * config.num_kv_heads * config.head_dim if latent is None else latent.rank + latent.rope_dim
-    return config.num_layers * kept
+    heads, size = config.cached_heads
+    return config.num_layers * heads * size * (2 if config.latent is None else 1)
 
 
 def utilization(token_bytes: float, tokens_per_second: float, bandwidth: float) -> float:

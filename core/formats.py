@@ -14,6 +14,8 @@ from r1q.core.tensors import TensorSpec
 FORMATS = ("gguf", "gptq", "onnx")
 CHECKPOINT_ONLY = "checkpoint"
 ONNX_BITS = (2, 4, 8)
+ONNX_HEADS = 16
+"""What the length of a head is a multiple of in the CPU kernel of GroupQueryAttention."""
 ONNX_BLOCKS = (256, 128, 64, 32, 16)  # what the CPU kernel of MatMulNBits takes
 
 
@@ -156,10 +158,14 @@ def expert_forms(scheme: Scheme, columns: Sequence[int]) -> tuple[BlockForm, ...
 
 
 def _refuse_for_onnx(tensors: Sequence[PlannedTensor]) -> None:
-    if any(tensor.spec.kind == "attn_kv_a_mqa" for tensor in tensors):
-        raise UsageError(
-            "this model has latent attention, which has no GroupQueryAttention form in ONNX; --to gguf holds it"
-        )
+    ranks = {tensor.spec.layer: tensor.spec.size for tensor in tensors if tensor.spec.kind == "attn_kv_a_norm"}
+    for spec in (tensor.spec for tensor in tensors if tensor.spec.kind == "attn_kv_a_mqa"):
+        turning = spec.rows - ranks[spec.layer]
+        if spec.rows % ONNX_HEADS or turning % ONNX_HEADS:
+            raise UsageError(
+                f"{spec.name}: keys have {spec.rows} numbers, of which {turning} turn; ONNX Runtime's attention wants multiples of "
+                f"{ONNX_HEADS}; --to gguf holds this model"
+            )
     _refuse_mixed_experts(tensors, "an ONNX folder", lambda spec: str(spec.layer))
     for tensor in tensors:
         if not tensor.spec.is_matrix:

@@ -20,7 +20,8 @@ from r1q.core.formats import refuse_unfit
 from r1q.core.recipe import PlannedTensor
 from r1q.export.onnx_config import genai_config
 from r1q.export.onnx_data import DataFile
-from r1q.export.onnx_graph import Shape, build_graph
+from r1q.export.onnx_graph import build_graph
+from r1q.export.onnx_nodes import Shape
 from r1q.export.onnx_weights import place_weights
 from r1q.models.config import ModelConfig
 

@@ -10,7 +10,8 @@ from r1q.models.config import ModelConfig
 from r1q.models.tokenizer import Tokenizer
 
 MAX_LENGTH = 4096  # genai reserves keys and values for all of it: the whole context can be gigabytes
-_TYPES = {"qwen3_moe": "qwen3"}  # a family under the name that onnxruntime-genai has for decoders like it
+# Families under the names that onnxruntime-genai has for decoders with the same inputs and outputs.
+_TYPES = {"qwen3_moe": "qwen3", "deepseek_v2": "llama", "deepseek_v3": "llama"}
 _THINK, _END_THINK = "<think>", "</think>"
 
 
@@ -24,14 +25,15 @@ def genai_config(config: ModelConfig, sidecar: Path, context: int, filename: str
     eos = list(config.eos_ids) or [token for token in (tokenizer.eos_id,) if token is not None]
     pad = config.raw.get("pad_token_id", generation.get("pad_token_id"))
     thought = {"bor_token_id": tokenizer.token_id(_THINK), "eor_token_id": tokenizer.token_id(_END_THINK)}
+    heads, size = config.cached_heads
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": filename,
-        "head_size": config.head_dim,
+        "head_size": size,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_kv_heads,
+        "num_key_value_heads": heads,
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",

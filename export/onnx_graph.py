@@ -8,22 +8,21 @@ GatherBlockQuantized and QMoE.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
 
-import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from r1q import __version__
-from r1q.export.onnx_data import Blocks, Columns, Placed
-from r1q.export.onnx_weights import Experts, Linear, Weights
+from r1q.export.onnx_data import Placed
+from r1q.export.onnx_latent import latent_attention
+from r1q.export.onnx_mixture import mixture
+from r1q.export.onnx_nodes import MICROSOFT, PAST, PRESENT, Nodes, Shape
+from r1q.export.onnx_weights import Weights
 from r1q.models.config import ModelConfig
 
-OPSET, IR_VERSION, MICROSOFT = 22, 10, "com.microsoft"
+OPSET, IR_VERSION = 22, 10
 IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
-PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
 _TYPES = {
     "uint8": TensorProto.UINT8,
     "int8": TensorProto.INT8,
@@ -32,121 +31,11 @@ _TYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """What a graph is to be: `every` position's logits or the last one's; `accuracy_level` of MatMulNBits (4: int8 activations)."""
-
-    every: bool
-    accuracy_level: int = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Nodes:
-    """Nodes and small constants as they are added; each method returns the name of what its node computes."""
-
-    weights: Weights
-    shape: Shape
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
-    ordered: dict[tuple[str, str], str] = field(default_factory=dict)
-    extents: dict[int, str] = field(default_factory=dict)
-
-    def add(self, operator: str, name: str, inputs: Sequence[str], outputs: Sequence[str] = (), **more: Any) -> str:
-        """Add a node; without `outputs` it has one, named after the node."""
-        names = list(outputs) or [f"{name}/output_0"]
-        self.nodes.append(helper.make_node(operator, list(inputs), names, name=name, **more))
-        return names[0]
-
-    def integers(self, *values: int) -> str:
-        """Return a constant int64 vector."""
-        return self._constant(np.asarray(values, dtype=np.int64))
-
-    def integer(self, value: int) -> str:
-        """Return a constant int64 scalar."""
-        return self._constant(np.asarray(value, dtype=np.int64))
-
-    def _constant(self, array: np.ndarray[Any, np.dtype[np.int64]]) -> str:
-        values = array.reshape(-1).tolist()
-        name = f"/model/constants/{'scalar' if array.ndim == 0 else 'vector'}/{'_'.join(map(str, values))}"
-        self.constants[name] = helper.make_tensor(name, TensorProto.INT64, array.shape, values)
-        return name
-
-    def linear(self, name: str, stem: str, x: str) -> str:
-        """Multiply `x` by the transposed matrix of `stem` and add its bias."""
-        layer = self.weights.linears[stem]
-        x = self.put_in_order(name, x, layer)
-        if isinstance(layer.matrix, str):
-            product = self.add("FusedMatMul", f"{name}/MatMul", [x, layer.matrix], domain=MICROSOFT, transB=1)
-            return self.add_bias(name, product, layer.bias)
-        if isinstance(layer.matrix, Columns):
-            return self.add_bias(name, self.integer_product(name, x, layer.matrix), layer.bias)
-        blocks = layer.matrix
-        inputs = [x, blocks.weight, blocks.scales, blocks.zeros or "", "", layer.bias or ""]
-        while not inputs[-1]:
-            inputs.pop()
-        return self.add(
-            "MatMulNBits", f"{name}/MatMul", inputs, domain=MICROSOFT, K=blocks.columns, N=blocks.rows,
-            bits=blocks.form.bits, block_size=blocks.form.block, accuracy_level=self.shape.accuracy_level,
-        )  # fmt: skip
-
-    def put_in_order(self, name: str, x: str, layer: Linear) -> str:
-        """Put the inputs `x` of a layer in the order of its columns, once for all layers that want the same.
-
-        GatherElements takes numbers one by one where Gather copies slices: in ONNX Runtime 1.31 a fifth of the time for a prompt. It
-        wants an index for every number, so the order is spread over all positions, whose shape layers of one width share.
-        """
-        if layer.order is None or not isinstance(layer.matrix, Blocks):
-            return x
-        if (x, layer.order) not in self.ordered:
-            width = layer.matrix.columns
-            if width not in self.extents:
-                self.extents[width] = self.add("Shape", f"{name}/order/Shape", [x])
-            indices = self.add("Expand", f"{name}/order/Expand", [layer.order, self.extents[width]])
-            gathered = self.add("GatherElements", f"{name}/order/GatherElements", [x, indices], axis=-1)
-            self.ordered[x, layer.order] = gathered
-        return self.ordered[x, layer.order]
-
-    def add_bias(self, name: str, product: str, bias: str | None) -> str:
-        """Add a layer's bias where it has one."""
-        return product if bias is None else self.add("Add", f"{name}/Add", [product, bias])
-
-    def integer_product(self, name: str, x: str, matrix: Columns) -> str:
-        """Multiply in 8-bit integers: ONNX's own operators around MatMul, which ONNX Runtime fuses into one kernel."""
-        spelled = [matrix.input_scale, matrix.input_zero]
-        codes = self.add("QuantizeLinear", f"{name}/QuantizeLinear", [x, *spelled])
-        inputs = self.add("DequantizeLinear", f"{name}/DequantizeLinear", [codes, *spelled])
-        weights = self.add(
-            "DequantizeLinear", f"{name}/weight/DequantizeLinear", [matrix.weight, matrix.scales], axis=1
-        )
-        return self.add("MatMul", f"{name}/MatMul", [inputs, weights])
-
-    def embed(self, name: str, ids: str) -> str:
-        """Look `ids` up in the embedding."""
-        table = self.weights.embedding
-        if isinstance(table, str):
-            return self.add("Gather", name, [table, ids])
-        inputs = [table.weight, ids, table.scales, *([table.zeros] if table.zeros else [])]
-        return self.add(
-            "GatherBlockQuantized", name, inputs, domain=MICROSOFT, bits=table.form.bits,
-            block_size=table.form.block, gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
-
-    def normalize(self, name: str, x: str, gamma: str, epsilon: float) -> str:
-        """Divide the last axis of `x` by its root mean square and multiply by `gamma`."""
-        return self.add("SimplifiedLayerNormalization", name, [x, gamma], axis=-1, epsilon=epsilon, stash_type=1)
-
-    def split(self, name: str, x: str, parts: Sequence[int]) -> list[str]:
-        """Cut the last axis of `x` into `parts`."""
-        outputs = [f"{name}/output_{index}" for index in range(len(parts))]
-        self.add("Split", name, [x, self.integers(*parts)], outputs, axis=-1)
-        return outputs
-
-
 def build_graph(
     config: ModelConfig, weights: Weights, placed: Mapping[str, Placed], location: str, shape: Shape
 ) -> onnx.ModelProto:
     """Return the model whose weights are `placed` in the data file `location`; it refers to them and holds none."""
-    nodes = _Nodes(weights, shape)
+    nodes = Nodes(weights, shape)
     lengths = _lengths(nodes)
     residual, branch = "", nodes.embed("/model/embed_tokens/Gather", IDS)
     for layer in range(config.num_layers):
@@ -168,7 +57,7 @@ def build_graph(
     )
 
 
-def _lengths(nodes: _Nodes) -> tuple[str, str]:
+def _lengths(nodes: Nodes) -> tuple[str, str]:
     """Return each row's last position (int32 [batch]) and the total length (int32 scalar), both from the attention mask."""
     name = "/model/attn_mask"
     total = nodes.add("ReduceSum", f"{name}/ReduceSum", [MASK, nodes.integers(1)], keepdims=0)
@@ -181,7 +70,7 @@ def _lengths(nodes: _Nodes) -> tuple[str, str]:
 
 
 def _block(
-    nodes: _Nodes, config: ModelConfig, layer: int, residual: str, branch: str, lengths: tuple[str, str]
+    nodes: Nodes, config: ModelConfig, layer: int, residual: str, branch: str, lengths: tuple[str, str]
 ) -> tuple[str, str]:
     """Add block `layer`; return the residual stream and the branch that the next norm will add to it."""
     name, tensor = f"/model/layers.{layer}", f"model.layers.{layer}"
@@ -198,11 +87,11 @@ def _block(
     residual, x = _norm(nodes, config, f"{name}/{norm}", f"{tensor}.{norm}.weight", residual, branch)
     experts = nodes.weights.experts.get(layer)
     if experts is not None:
-        return residual, _experts(nodes, config, f"{name}/mlp", experts, x)
-    return residual, _mlp(nodes, f"{name}/mlp", f"{tensor}.mlp", x)
+        return residual, mixture(nodes, config, f"{name}/mlp", f"{tensor}.mlp", experts, x)
+    return residual, nodes.gated(f"{name}/mlp", f"{tensor}.mlp", x)
 
 
-def _norm(nodes: _Nodes, config: ModelConfig, name: str, weight: str, residual: str, branch: str) -> tuple[str, str]:
+def _norm(nodes: Nodes, config: ModelConfig, name: str, weight: str, residual: str, branch: str) -> tuple[str, str]:
     """Add `branch` to the residual stream and normalize; return both sums. The first norm has nothing to add to."""
     gamma = nodes.weights.vectors[weight]
     if not residual:
@@ -216,25 +105,16 @@ def _norm(nodes: _Nodes, config: ModelConfig, name: str, weight: str, residual: 
     return outputs[-1], outputs[0]
 
 
-def _attention(nodes: _Nodes, config: ModelConfig, layer: int, x: str, lengths: tuple[str, str]) -> str:
-    name = f"/model/layers.{layer}/attn"
-    last, length = lengths
-    outputs = [f"{name}/output_0", PRESENT.format(layer, "key"), PRESENT.format(layer, "value")]
-    past = [PAST.format(layer, "key"), PAST.format(layer, "value")]
-    inputs = [*_query_key_value(nodes, config, layer, x), *past, last, length, *nodes.weights.rotary]
-    quantized: dict[str, int | str] = {}
-    if nodes.weights.cache:
-        # Between rotary tables and scales stand position_ids, attention_bias and head_sink.
-        inputs += ["", "", "", *nodes.weights.cache[layer]]
-        quantized = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
-    return nodes.add(
-        "GroupQueryAttention", f"{name}/GroupQueryAttention", inputs, outputs, domain=MICROSOFT,
-        num_heads=config.num_heads, kv_num_heads=config.num_kv_heads, scale=1 / math.sqrt(config.head_dim),
-        do_rotary=1, rotary_interleaved=0, local_window_size=-1, softcap=0.0, **quantized,
+def _attention(nodes: Nodes, config: ModelConfig, layer: int, x: str, lengths: tuple[str, str]) -> str:
+    if config.latent is not None:
+        return latent_attention(nodes, config, config.latent, layer, x, lengths)
+    return nodes.attend(
+        layer, _query_key_value(nodes, config, layer, x), lengths, num_heads=config.num_heads,
+        kv_num_heads=config.num_kv_heads, scale=1 / math.sqrt(config.head_dim), rotary_interleaved=0,
     )  # fmt: skip
 
 
-def _query_key_value(nodes: _Nodes, config: ModelConfig, layer: int, x: str) -> list[str]:
+def _query_key_value(nodes: Nodes, config: ModelConfig, layer: int, x: str) -> list[str]:
     """Return the attention's first three inputs: all three packed in the first, or each its own."""
     name, tensor = f"/model/layers.{layer}/attn", f"model.layers.{layer}.attn"
     widths = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
@@ -251,46 +131,13 @@ def _query_key_value(nodes: _Nodes, config: ModelConfig, layer: int, x: str) -> 
     return found
 
 
-def _head_norm(nodes: _Nodes, config: ModelConfig, layer: int, part: str, x: str, width: int) -> str:
+def _head_norm(nodes: Nodes, config: ModelConfig, layer: int, part: str, x: str, width: int) -> str:
     """Normalize every head of `x` [batch, length, width] by itself."""
     name = f"/model/layers.{layer}/attn/{part}_norm"
     gamma = nodes.weights.vectors[f"model.layers.{layer}.self_attn.{part}_norm.weight"]
     heads = nodes.add("Reshape", f"{name}/Reshape_1", [x, nodes.integers(0, 0, -1, config.head_dim)])
     normed = nodes.normalize(f"{name}/LayerNorm", heads, gamma, config.rms_norm_eps)
     return nodes.add("Reshape", f"{name}/Reshape_2", [normed, nodes.integers(0, 0, width)])
-
-
-def _mlp(nodes: _Nodes, name: str, stem: str, x: str) -> str:
-    """SwiGLU: down(silu(gate(x)) · up(x)). QuickGelu with alpha 1 is silu in one node."""
-    if f"{stem}.gate_up_proj" in nodes.weights.linears:
-        both = nodes.linear(f"{name}/gate_up_proj", f"{stem}.gate_up_proj", x)
-        gate, up = nodes.split(f"{name}/gate_up_proj/Split", both, nodes.weights.linears[f"{stem}.gate_up_proj"].rows)
-    else:
-        gate, up = (nodes.linear(f"{name}/{part}_proj", f"{stem}.{part}_proj", x) for part in ("gate", "up"))
-    active = nodes.add("QuickGelu", f"{name}/act_fn/QuickGelu", [gate], domain=MICROSOFT, alpha=1.0)
-    return nodes.linear(f"{name}/down_proj", f"{stem}.down_proj", nodes.add("Mul", f"{name}/Mul", [active, up]))
-
-
-def _experts(nodes: _Nodes, config: ModelConfig, name: str, experts: Experts, x: str) -> str:
-    """Add what the chosen experts make of `x`. Scores choose, and their softmax, over all experts, weighs.
-
-    QMoE of ONNX Runtime 1.31 computes 4 bits in float32, 2 and 8 bits with int8 activations; `accuracy_level` does not reach it.
-    """
-    facts, inner, down = config.experts, experts.inner, experts.down
-    if facts is None:
-        raise ValueError("the model has no experts")
-    rows = nodes.add("Reshape", f"{name}/router/Reshape", [x, nodes.integers(-1, config.hidden_size)])
-    matrix = [rows, experts.router]
-    scores = nodes.add("FusedMatMul", f"{name}/router/MatMul", matrix, domain=MICROSOFT, transB=1)
-    shares = nodes.add("Softmax", f"{name}/router/Softmax", [scores], axis=-1)
-    inputs = [x, scores, inner.weight, inner.scales, "", down.weight, down.scales, *4 * [""]]
-    inputs += [inner.zeros or "", down.zeros or "", "", shares]
-    return nodes.add(
-        "QMoE", f"{name}/QMoE", inputs, domain=MICROSOFT, k=facts.used, normalize_routing_weights=int(facts.normalized),
-        expert_weight_bits=inner.form.bits, block_size=inner.form.block,
-        # gate and up in turn, silu(gate) · (up + 0)
-        activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0, activation_beta=0.0,
-    )  # fmt: skip
 
 
 def _external(placed: Placed, location: str) -> onnx.TensorProto:
@@ -311,9 +158,9 @@ def _values(
         return helper.make_tensor_value_info(name, kind, dims)
 
     def caches(pattern: str, when: str) -> list[onnx.ValueInfoProto]:
-        heads, length = config.num_kv_heads, f"{when}_sequence_length"
+        (heads, size), length = config.cached_heads, f"{when}_sequence_length"
         return [
-            value(pattern.format(layer, part), kept, "batch_size", heads, length, config.head_dim)
+            value(pattern.format(layer, part), kept, "batch_size", heads, length, size)
             for layer in range(config.num_layers)
             for part in ("key", "value")
         ]

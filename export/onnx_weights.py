@@ -35,6 +35,11 @@ _STACKS = {
     "attn.o_proj": ("self_attn.o_proj",),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
+    "attn.q_proj_kv_a": ("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa"),
+    "attn.q_a_proj_kv_a": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    "attn.q_b_proj": ("self_attn.q_b_proj",),
+    "mlp.shared_experts.gate_up_proj": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    "mlp.shared_experts.down_proj": ("mlp.shared_experts.down_proj",),
 }
 
 
@@ -53,9 +58,13 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """The experts of a block: `router` float32 [experts, hidden]; `inner` has rows of gate and up in turn, `down` the rest."""
+    """The experts of a block: `router` float32 [experts, hidden]; `inner` has rows of gate and up in turn, `down` the rest.
+
+    `correction` float32 [experts] is added to scores for the choice, if there is one.
+    """
 
     router: str
+    correction: str | None
     inner: Blocks
     down: Blocks
 
@@ -64,7 +73,8 @@ class Experts:
 class Weights:
     """What the graphs refer to. `linears` by stem such as `model.layers.0.attn.qkv_proj`; `vectors` by their tensor's name.
 
-    `experts` by block, of those that have some.
+    `experts` by block, of those that have some. `latents`: of latent attention, by block, the matrices of each head that make keys and
+    values of latents, float32 [heads, rank, key_dim] and [heads, value_dim, rank].
 
     `rotary`: cosines and sines, float32 [context, head_dim/2]. `cache`: for each layer the scales of keys and of values where they are
     kept in 8 bits, float32 [1, kv_heads, 1, head_dim]; else nothing.
@@ -75,6 +85,7 @@ class Weights:
     embedding: Table
     rotary: tuple[str, str]
     experts: Mapping[int, Experts] = field(default_factory=dict)
+    latents: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     cache: tuple[tuple[str, str], ...] = ()
 
 
@@ -109,7 +120,29 @@ def place_weights(
     }
     rotary = _place_rotary(data, config, context)
     steps = () if cache is None else _place_cache(data, cache)
-    return Weights(linears=linears, vectors=vectors, embedding=table, rotary=rotary, experts=experts, cache=steps)
+    latents = _place_latents(checkpoint, config, data)
+    return Weights(
+        linears=linears, vectors=vectors, embedding=table, rotary=rotary, experts=experts, latents=latents, cache=steps
+    )
+
+
+def _place_latents(checkpoint: QuantizedCheckpoint, config: ModelConfig, data: DataFile) -> dict[int, tuple[str, str]]:
+    """Place the halves of kv_b, whatever their scheme, in float32: ONNX Runtime multiplies no integers head by head."""
+    latent, heads = config.latent, config.num_heads
+    if latent is None:
+        return {}
+    specs = {(spec.layer, spec.kind): spec for spec in checkpoint.tensors}
+
+    def place(layer: int, kind: str, sides: tuple[int, int]) -> str:
+        name = f"model.layers.{layer}.attn.{kind.removeprefix('attn_')}"
+        rows = add_floats(data, checkpoint, f"{name}.weight", [specs[layer, kind]])
+        return data.alias(f"{name}.heads", rows, (heads, *sides))
+
+    sides = {"attn_k_b": (latent.rank, latent.key_dim), "attn_v_b": (latent.value_dim, latent.rank)}
+    return {
+        layer: (place(layer, "attn_k_b", sides["attn_k_b"]), place(layer, "attn_v_b", sides["attn_v_b"]))
+        for layer in range(config.num_layers)
+    }
 
 
 def _place_experts(checkpoint: QuantizedCheckpoint, data: DataFile, layer: int) -> Experts | None:
@@ -132,6 +165,9 @@ def _place_experts(checkpoint: QuantizedCheckpoint, data: DataFile, layer: int) 
     name = f"model.layers.{layer}.mlp"
     return Experts(
         router=add_floats(data, checkpoint, f"{name}.router.weight", [router]),
+        correction=None
+        if (correction := specs.get("exp_probs_b.bias")) is None
+        else add_floats(data, checkpoint, f"{name}.router.correction", [correction]),
         inner=add_experts(data, checkpoint, f"{name}.experts.gate_up_proj", list(zip(gates, ups, strict=True)), inner),
         down=add_experts(data, checkpoint, f"{name}.experts.down_proj", [[spec] for spec in downs], down),
     )
@@ -144,8 +180,8 @@ def _stacks(
     block = f"model.layers.{layer}."
     for stem, members in _STACKS.items():
         names = tuple(block + member for member in members)
-        if f"{names[0]}.weight" not in specs:
-            continue  # experts
+        if not all(f"{name}.weight" in specs for name in names):
+            continue  # another architecture's
         alike = common_form(checkpoint, [specs[f"{name}.weight"] for name in names])
         biased = {f"{name}.bias" in specs for name in names}
         orders = {_bytes(checkpoint.permutation(f"{name}.weight")) for name in names}

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from r1q.models.config import ModelConfig
 
 SLAB_WEIGHTS = 1 << 20
-_TYPES = {"qwen3_moe": "qwen3"}  # onnxruntime-genai 0.18 has no name of its own for them
+# onnxruntime-genai 0.18 has no names of its own for these.
+_TYPES = {"qwen3_moe": "qwen3", "deepseek_v2": "llama", "deepseek_v3": "llama"}
 # What float32 may cost: half a step of a number up to 1, and that of a frequency, as often as it turned.
 _ROUNDING = 1.5 * 2.0**-24
 Integers = NDArray[np.int16]
@@ -77,14 +78,16 @@ def _setting_defects(folder: OnnxFolder, config: ModelConfig) -> Iterator[Defect
         yield Defect(where=CONFIG, what="is missing")
         return
     model, decoder = ("model",), ("model", "decoder")
+    latent = config.latent
+    kept = (config.num_kv_heads, config.head_dim) if latent is None else (1, latent.rope_dim + latent.rank)
     wanted: list[tuple[tuple[str, ...], object]] = [
         ((*model, "type"), _TYPES.get(config.family, config.family)),
         ((*model, "vocab_size"), config.vocab_size),
-        ((*decoder, "head_size"), config.head_dim),
+        ((*decoder, "head_size"), kept[1]),
         ((*decoder, "hidden_size"), config.hidden_size),
         ((*decoder, "num_attention_heads"), config.num_heads),
         ((*decoder, "num_hidden_layers"), config.num_layers),
-        ((*decoder, "num_key_value_heads"), config.num_kv_heads),
+        ((*decoder, "num_key_value_heads"), kept[0]),
     ]
     if config.bos_id is not None:
         wanted.append(((*model, "bos_token_id"), config.bos_id))

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from r1q.core.onnx_file import OnnxFolder
 from r1q.core.onnx_graph import OnnxGraph, OnnxNode, OnnxTensor
-from r1q.export.verify_onnx_experts import mixture, softmax
+from r1q.export import verify_onnx_formulas as formulas
+from r1q.export.verify_onnx_attention import attention, cut
+from r1q.export.verify_onnx_experts import is_routed, mixture, scaled, shares, softmax, with_shared
 from r1q.export.verify_onnx_integers import dequantize, quantize
+from r1q.export.verify_onnx_latent import values_made
 from r1q.export.verify_onnx_order import gather, shape, spread
 from r1q.export.verify_onnx_values import (
     INT32,
@@ -29,6 +29,7 @@ from r1q.export.verify_onnx_values import (
     Flat,
     Gated,
     Logits,
+    Made,
     Matrix,
     MisfitError,
     Mixed,
@@ -36,22 +37,15 @@ from r1q.export.verify_onnx_values import (
     Place,
     Product,
     Reading,
+    Short,
     Stream,
     blocks,
-    stated,
 )  # fmt: skip
 
 if TYPE_CHECKING:
     from r1q.models.config import ModelConfig
 
 IDS, MASK = "input_ids", "attention_mask"
-# genai_config.json's keys for the caches, and the names that it takes for granted: inputs 3 and 4, outputs 1 and 2 of an attention.
-_CACHES = (
-    ("inputs", 3, "past_key_names", "past_key_values.%d.key"),
-    ("inputs", 4, "past_value_names", "past_key_values.%d.value"),
-    ("outputs", 1, "present_key_names", "present.%d.key"),
-    ("outputs", 2, "present_value_names", "present.%d.value"),
-)
 
 
 def follow(folder: OnnxFolder, graph: OnnxGraph, config: ModelConfig) -> Reading:
@@ -105,7 +99,10 @@ def _shape(reading: Reading, node: OnnxNode) -> None:
 
 
 def _reduce_sum(reading: Reading, node: OnnxNode) -> None:
-    if node.input(0) != MASK or reading.numbers(node, 1) not in ([1], [-1]):
+    if node.input(0) != MASK:
+        formulas.reduce(reading, node)
+        return
+    if reading.numbers(node, 1) not in ([1], [-1]):
         raise MisfitError("does not count the mask")
     reading.settings(node, {"keepdims": 0})
     reading.make(node, Count("tokens"))
@@ -170,6 +167,9 @@ def _matmul(reading: Reading, node: OnnxNode) -> None:
     if isinstance(integers, Matrix):
         _multiply(reading, node, integers, None)
         return
+    if isinstance(reading.values.get(node.input(0)), Made):
+        formulas.matmul(reading, node)
+        return
     weight, across = reading.held(node, 1), node.attributes.get("transB", 0) == 0
     reading.settings(node, {"alpha": 1.0, "transA": 0}, free=("transB",))
     if len(weight.shape) != 2 or weight.dtype != "float32":
@@ -180,7 +180,7 @@ def _matmul(reading: Reading, node: OnnxNode) -> None:
 
 def _multiply(reading: Reading, node: OnnxNode, matrix: Matrix, bias: OnnxTensor | None) -> None:
     of = reading.value(node, 0, Place)
-    if not isinstance(of, Normed | Flat | Attended | Gated):
+    if not isinstance(of, Normed | Flat | Short | Attended | Gated):
         raise MisfitError("multiplies what is neither normalized nor attended nor gated")
     if of.order is not None and of.order.size != matrix.columns:
         raise MisfitError(
@@ -204,8 +204,15 @@ def _is_whole(product: Product) -> bool:
 def _add(reading: Reading, node: OnnxNode) -> None:
     for product, other in ((0, 1), (1, 0)):
         found = reading.values.get(node.input(product))
+        beside = reading.values.get(node.input(other))
+        if is_routed(found) and isinstance(found, Made) and isinstance(beside, Product) and _is_whole(beside):
+            with_shared(reading, node, found, beside)
+            return
         if isinstance(found, Product) and node.input(other) in reading.constants:
-            reading.make(node, _biased(found, reading.held(node, other)))
+            if isinstance(found.of, Flat) and found.form:
+                formulas.add(reading, node, reading.held(node, 1))
+            else:
+                reading.make(node, _biased(found, reading.held(node, other)))
             return
     reading.make(node, _sum(reading, node))
 
@@ -247,6 +254,9 @@ def _simple_norm(reading: Reading, node: OnnxNode) -> None:
     elif isinstance(found, Product) and found.form == "heads" and found.norm is None:
         reading.settings(node, {"epsilon": reading.config.rms_norm_eps, "axis": -1, "stash_type": 1})
         reading.make(node, replace(found, norm=gamma))
+    elif isinstance(found, Product) and isinstance(found.of, Normed) and not found.form and reading.config.latent:
+        reading.settings(node, {"epsilon": reading.config.rms_norm_eps, "axis": -1, "stash_type": 1})
+        reading.make(node, Short(found.of.stage, product=found, gamma=gamma))
     else:
         raise MisfitError("normalizes neither the residual stream nor heads")
 
@@ -264,26 +274,29 @@ def _reshape(reading: Reading, node: OnnxNode) -> None:
         reading.make(node, replace(found, form="heads"))
     elif isinstance(found, Product) and found.form == "heads" and shape in ([0, 0, found.rows], [0, 0, -1]):
         reading.make(node, replace(found, form=""))
+    elif isinstance(found, Made | Product) and (reading.config.latent or reading.config.experts):
+        reading.make(node, values_made(reading, node, formulas.noted(reading, node, *shape)))
     else:
         raise MisfitError(f"gives {node.input(0)!r} the shape {shape}")
 
 
 def _split(reading: Reading, node: OnnxNode) -> None:
+    if isinstance(reading.values.get(node.input(0)), Made):
+        formulas.split(reading, node)
+        return
     whole, parts = reading.value(node, 0, Product), reading.numbers(node, 1)
     fits = sum(parts) == whole.rows and len(parts) == len(node.outputs) and min(parts) > 0
     if whole.form or whole.norm or not fits or node.attributes.get("axis", 0) != -1:
         raise MisfitError(f"cuts {whole.rows} rows into {parts}")
-    reading.make(node, *_cut(whole, parts))
-
-
-def _cut(whole: Product, parts: list[int]) -> list[Product]:
-    ends = [whole.start + int(end) for end in np.cumsum([0, *parts])]
-    return [replace(whole, start=start, stop=stop) for start, stop in pairwise(ends)]
+    reading.make(node, *cut(whole, parts))
 
 
 def _activate(form: str) -> Callable[[Reading, OnnxNode], None]:
     def rule(reading: Reading, node: OnnxNode) -> None:
         found = reading.value(node, 0, Product)
+        if isinstance(found.of, Flat) and form == "sigmoid":
+            shares(reading, node, form)
+            return
         if found.form or found.norm or not isinstance(found.of, Normed):
             raise MisfitError("is not of a gate")
         # x · sigmoid(alpha · x), and alpha is 1.702 where nothing is said.
@@ -295,6 +308,10 @@ def _activate(form: str) -> Callable[[Reading, OnnxNode], None]:
 
 
 def _mul(reading: Reading, node: OnnxNode) -> None:
+    routed = reading.values.get(node.input(0))
+    if is_routed(routed) and isinstance(routed, Made):
+        scaled(reading, node, routed)
+        return
     plain, formed = sorted((reading.value(node, index, Product) for index in (0, 1)), key=lambda product: product.form)
     if plain.form or formed.form not in ("sigmoid", "silu") or plain.of != formed.of or plain.of.stage % 2 != 1:
         raise MisfitError("is not of a gate and what it gates")
@@ -304,57 +321,10 @@ def _mul(reading: Reading, node: OnnxNode) -> None:
         reading.make(node, replace(formed, form="silu"))
         return
     layer = plain.of.stage // 2
-    reading.bind(layer, "ffn_gate", formed)
-    reading.bind(layer, "ffn_up", plain)
+    shared = "_shexp" if reading.config.is_sparse(layer) else ""
+    reading.bind(layer, f"ffn_gate{shared}", formed)
+    reading.bind(layer, f"ffn_up{shared}", plain)
     reading.make(node, Gated(plain.of.stage, plain.of.last))
-
-
-def _attention(reading: Reading, node: OnnxNode) -> None:
-    config = reading.config
-    widths = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-    first = reading.value(node, 0, Product)
-    if node.input(1) or node.input(2):
-        parts = [first, *(reading.value(node, index, Product) for index in (1, 2))]
-    else:
-        parts = _cut(first, widths) if first.rows == sum(widths) and not first.norm else [first]
-    source = first.of
-    stray = not isinstance(source, Normed) or source.stage % 2 or source.last
-    if stray or [part.rows for part in parts] != widths or any(part.form or part.of != source for part in parts):
-        raise MisfitError(f"takes {[part.rows for part in parts]} rows, the model's q, k and v have {widths}")
-    layer = source.stage // 2
-    for part, kind in zip(parts, ("attn_q", "attn_k", "attn_v"), strict=True):
-        reading.bind(layer, kind, part)
-        if part.norm is not None:
-            key = (layer, f"{kind}_norm", "weight")
-            reading.bound.append(Bound(key=key, held=part.norm, start=0, stop=part.norm.size, node=str(node)))
-    _hold_attention(reading, node, layer)
-    reading.make(node, Attended(source.stage))
-
-
-def _hold_attention(reading: Reading, node: OnnxNode, layer: int) -> None:
-    """Hold caches, lengths, rotary tables and attributes of an attention against the model."""
-    config = reading.config
-    if (reading.value(node, 5, Count), reading.value(node, 6, Count)) != (Count("last"), Count("length")):
-        raise MisfitError("takes other lengths than the mask's")
-    for side, index, key, default in _CACHES:
-        pattern = stated(reading.folder.config, "model", "decoder", side, key) or default
-        name = str(pattern).replace("%d", str(layer))
-        have, known = (node.inputs, reading.graph.inputs) if side == "inputs" else (node.outputs, reading.graph.outputs)
-        if have[index : index + 1] != (name,) or name not in known:
-            reading.say(str(node), f"keeps keys or values as {have[index : index + 1]}, not {name!r}")
-    for index, what in enumerate(("position_ids", "attention_bias", "head_sink"), 9):
-        if node.input(index):
-            reading.say(str(node), f"has {what} {node.input(index)!r}")
-    reading.rotary.append((reading.held(node, 7), reading.held(node, 8)))
-    eight: dict[str, object] = {}
-    if node.input(12) or node.input(13):
-        reading.cache[layer] = (reading.held(node, 12), reading.held(node, 13))
-        eight = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
-    wanted = {"num_heads": config.num_heads, "kv_num_heads": config.num_kv_heads, "do_rotary": 1}
-    if node.attributes.get("scale", 0.0) != 0.0:  # 0 is what is wanted, spelled otherwise
-        wanted |= {"scale": 1 / math.sqrt(config.head_dim)}  # type: ignore[dict-item]
-    plain = {"rotary_interleaved": 0, "local_window_size": -1, "softcap": 0.0}
-    reading.settings(node, {**wanted, **plain, **eight})
 
 
 _MICROSOFT = "com.microsoft"
@@ -382,6 +352,7 @@ _RULES: Mapping[tuple[str, str], Callable[[Reading, OnnxNode], None]] = {
     (_MICROSOFT, "FusedMatMul"): _matmul,
     (_MICROSOFT, "QuickGelu"): _activate("silu"),
     (_MICROSOFT, "SkipSimplifiedLayerNormalization"): _skip_norm,
-    (_MICROSOFT, "GroupQueryAttention"): _attention,
+    (_MICROSOFT, "GroupQueryAttention"): attention,
     (_MICROSOFT, "QMoE"): mixture,
+    **{("", operator): rule for operator, rule in formulas.RULES.items()},
 }

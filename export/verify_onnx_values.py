@@ -24,6 +24,7 @@ _DEFAULTS: Mapping[str, object] = {
     "do_rotary": 0, "rotary_interleaved": 0, "local_window_size": -1, "softcap": 0.0, "smooth_softmax": 0, "scale": 0.0,
     "accuracy_level": 0, "weight_prepacked": 0, "gather_axis": 0, "quantize_axis": 1, "qk_output": 0,
     "noop_with_empty_axes": 0, "kv_cache_bit_width": 0, "sliding_window_cache": 0,
+    "largest": 1, "sorted": 1,
 }  # fmt: skip
 
 
@@ -181,7 +182,24 @@ class Spread:
     extent: Extent
 
 
-Value = Count | Place | Product | Spelled | Matrix | Extent | Spread
+@dataclass(frozen=True, slots=True)
+class Short(Place):
+    """A norm, by `gamma`, of a short vector that a `product` has made: what latent attention makes queries or keys and values of."""
+
+    product: Product | None = None
+    gamma: OnnxTensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A formula, compared as a whole: what an `operator` makes of `parts`; `detail` are numbers, stored tensors, which output."""
+
+    operator: str
+    parts: tuple[Value, ...]
+    detail: tuple[object, ...] = ()
+
+
+Value = Count | Place | Product | Spelled | Matrix | Extent | Spread | Made
 V = TypeVar("V", bound=Value)
 
 
@@ -232,6 +250,13 @@ class Reading:
             raise MisfitError(f"takes {name!r}, which is no stored tensor")
         return self.constants[name]
 
+    def single(self, node: OnnxNode, index: int) -> float:
+        """Return the one stored float32 that is input `index`."""
+        tensor = self.held(node, index)
+        if (tensor.dtype, tensor.size) != ("float32", 1):
+            raise MisfitError(f"takes {tensor.name!r}, {tensor.dtype} {list(tensor.shape)}, not one float32")
+        return float(self.folder.read(tensor).reshape(-1)[0])
+
     def numbers(self, node: OnnxNode, index: int) -> list[int]:
         """Return the stored integers that are input `index`."""
         tensor = self.held(node, index)
@@ -264,6 +289,11 @@ class Reading:
         self.bound.append(weight)
         if product.bias is not None:
             self.bound.append(Bound(key=(layer, kind, "bias"), held=product.bias, **where))  # type: ignore[arg-type]
+
+    def bind_gamma(self, layer: int, kind: str, gamma: OnnxTensor, node: OnnxNode) -> None:
+        """Note that `gamma` is the weight of a norm inside of attention."""
+        key = (layer, kind, "weight")
+        self.bound.append(Bound(key=key, held=gamma, start=0, stop=gamma.size, node=str(node)))
 
     def bind_norm(self, layer: int | None, kind: str, gamma: OnnxTensor, node: OnnxNode) -> None:
         """Note that `gamma` is the weight of a norm, and hold its operator against the model."""

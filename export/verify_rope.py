@@ -16,9 +16,13 @@ def plain_frequency(config: ModelConfig, index: int) -> float:
 
 
 def turn_scale(config: ModelConfig) -> float:
-    """Return what cosines and sines are multiplied by: YaRN's 0.1 · ln factor + 1, or 1."""
-    factor = 1.0 if config.yarn is None else config.yarn.factor
-    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    """Return what cosines and sines are multiplied by: YaRN's 0.1 · ln factor + 1, or 1; of DeepSeek's two scales one by the other."""
+    yarn = config.yarn
+    if yarn is None or yarn.factor <= 1:
+        return 1.0
+    shares = (yarn.mscale, yarn.mscale_all_dim) if yarn.mscale and yarn.mscale_all_dim else (1.0, 0.0)
+    turned, attended = (0.1 * (share or 0.0) * math.log(yarn.factor) + 1 for share in shares)
+    return turned / attended
 
 
 def frequency(config: ModelConfig, index: int) -> float:

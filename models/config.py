@@ -81,6 +81,13 @@ class ModelConfig:
         """GGUF's name of the architecture."""
         return FAMILIES[self.family].gguf
 
+    @property
+    def cached_heads(self) -> tuple[int, int]:
+        """How many heads of how many numbers each position keeps as keys; of latent attention one, the latent with its ending."""
+        if self.latent is None:
+            return self.num_kv_heads, self.head_dim
+        return 1, self.latent.rank + self.latent.rope_dim
+
     def is_sparse(self, layer: int) -> bool:
         """Return whether block `layer` has experts."""
         return self.experts is not None and layer not in self.experts.dense

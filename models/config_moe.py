@@ -80,6 +80,11 @@ class Yarn:
         return self.magnitude(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
 
+def score_scale(latent: Latent, yarn: Yarn | None) -> float:
+    """Return what scores of latent attention are multiplied by: 1/√(a head's numbers), and YaRN's stretch."""
+    return float((latent.key_dim + latent.rope_dim) ** -0.5 * (1.0 if yarn is None else yarn.softmax_scale))
+
+
 def read_latent(keys: Keys) -> Latent:
     """Return the latent attention of a DeepSeek config."""
     heads = keys.size("num_attention_heads")

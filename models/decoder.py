@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1q.models import mla
+from r1q.models.config_moe import score_scale
 from r1q.models.decoder_layer import Linear, Loader
 from r1q.models.forward import TensorReader
 from r1q.models.rope import rotation
@@ -51,7 +51,7 @@ class Decoder:
         # A tied head is not packed: it would lie in memory twice.
         tied = Linear(weight=self.embedding, bias=None, packed=False)
         self.head = tied if self.config.tied else load.linear("output")
-        self._scale = None if latent is None else mla.score_scale(self.config, latent)
+        self._scale = None if latent is None else score_scale(latent, self.config.yarn)
         turn = rotation(self.config, context, device)
         half = self.config.head_dim // 2
         # The minus of the second half lies in the sine, so that turning is two products of rolled pairs.
@@ -62,8 +62,7 @@ class Decoder:
 
     def new_cache(self, sequences: int) -> Cache:
         """Return an empty cache for `sequences` sequences of `context` tokens."""
-        config, latent = self.config, self.config.latent
-        heads, size = (config.num_kv_heads, config.head_dim) if latent is None else (1, latent.rank + latent.rope_dim)
+        latent, (heads, size) = self.config.latent, self.config.cached_heads
 
         def zeros() -> Tensor:
             # Not whatever was there: masked places are multiplied by 0, and 0 · NaN is NaN.

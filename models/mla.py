@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1q.models.config import ModelConfig
-from r1q.models.config_moe import Latent
+from r1q.models.config_moe import Latent, score_scale
 from r1q.models.linear import Weights, linear, rms_norm
 from r1q.models.rope import Rotation
 
@@ -23,14 +23,16 @@ def attention_mix(weights: Weights, config: ModelConfig, latent: Latent, normed:
     """Return what attn_output reads: every head's causal mixture of values, [..., length, num_heads · value_dim]."""
     queries, keys, compressed = queries_and_keys(weights, config, latent, normed, rotation)
     values = _heads(linear(weights, "attn_v_b", compressed), config.num_heads)
-    mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=score_scale(config, latent))
+    mixed = F.scaled_dot_product_attention(
+        queries, keys, values, is_causal=True, scale=score_scale(latent, config.yarn)
+    )
     return mixed.transpose(-2, -3).flatten(-2)
 
 
 def mixed_latents(config: ModelConfig, latent: Latent, queries: Tensor, keys: Tensor, compressed: Tensor) -> Tensor:
     """Return every head's causal mixture of latents, [..., heads, length, rank]: what v_b reads where values are made behind it."""
     shared = compressed.unsqueeze(-3).expand(*queries.shape[:-1], latent.rank)
-    return F.scaled_dot_product_attention(queries, keys, shared, is_causal=True, scale=score_scale(config, latent))
+    return F.scaled_dot_product_attention(queries, keys, shared, is_causal=True, scale=score_scale(latent, config.yarn))
 
 
 def queries_and_keys(
@@ -46,12 +48,6 @@ def queries_and_keys(
     keys = keys_of(weights, latent, compressed, config.num_heads)
     keys = torch.cat((keys, ending.expand(*keys.shape[:-1], latent.rope_dim)), dim=-1)
     return queries, keys, compressed
-
-
-def score_scale(config: ModelConfig, latent: Latent) -> float:
-    """Return what attention scores are multiplied by: 1/√(a head's numbers), and YaRN's stretch."""
-    stretched = 1.0 if config.yarn is None else config.yarn.softmax_scale
-    return float((latent.key_dim + latent.rope_dim) ** -0.5 * stretched)
 
 
 def query_latent(weights: Weights, config: ModelConfig, normed: Tensor) -> Tensor:

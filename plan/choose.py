@@ -106,10 +106,9 @@ def _integers(wish: Wish, tensors: Sequence[TensorSpec]) -> Choice:
     ends = "embedding and head in 8 bits" if head_bits == 8 else f"head in {head_bits} bits"
     if set(kept) - set(KV_B_HALVES):
         ends += "; experts alone, what thinks stays bf16"
-    elif kept:
-        ends += "; kv_b_proj stays bf16"
-    elif finer:
-        ends += f"; experts alone have {bits} bits, what thinks has 8"
+    else:
+        ends += f"; experts alone have {bits} bits, what thinks has 8" if finer else ""
+        ends += "; kv_b_proj stays bf16" if kept else ""
     reason = f"{recipe.name} ({recipe.base}): {_asked(wish)}, {why}; {ends}"
     return Choice(recipe=recipe, reason=reason)
 
@@ -119,15 +118,17 @@ def _kept(bits: int, wish: Wish, tensors: Sequence[TensorSpec]) -> tuple[str, ..
 
     With everything in 4 bits R1 keeps 96.5 % of its reasoning, with experts alone 98.8 % (MoE-Quant's tables).
     """
-    if "gptq" not in wish.formats:
-        return ()
-    thinking = _thinking(tensors)
-    return tuple(kind for kind in _inside(tensors) if kind in KV_B_HALVES or (bits < 8 and kind in thinking))
+    halves = KV_B_HALVES if {"gptq", "onnx"} & set(wish.formats) else ()
+    thinking = _thinking(tensors) if "gptq" in wish.formats and bits < 8 else ()
+    return tuple(kind for kind in _inside(tensors) if kind in halves or kind in thinking)
 
 
 def _finer(bits: int, wish: Wish, tensors: Sequence[TensorSpec]) -> tuple[str, ...]:
-    """Return the kinds that have 8 bits in an ONNX folder where experts have fewer: there each product has a grid of its own."""
-    return _thinking(tensors) if wish.formats == ("onnx",) and bits < 8 else ()
+    """Return the kinds that have 8 bits beside experts of fewer, where each product may have a grid of its own."""
+    if "gptq" in wish.formats or bits >= 8:
+        return ()
+    kept = _kept(bits, wish, tensors)
+    return tuple(kind for kind in _thinking(tensors) if kind not in kept)
 
 
 def _thinking(tensors: Sequence[TensorSpec]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from r1q.plan.activations import ActivationText
 from r1q.plan.choose import W8A8, Choice, Wish, choose_recipe
 from r1q.plan.effort import choose_engine, workers_beside
 from r1q.plan.healing import refuse_healing
-from r1q.plan.kv_cache import CacheText, cache_text
+from r1q.plan.kv_cache import CacheText, cache_text, refuse_latents
 from r1q.plan.memory import Workload, ceiling, fit_engine, memory_parts, rounding_parts, short_of
 from r1q.plan.plan import Plan, make_plan
 from r1q.plan.walk import Exported, quantize_model
@@ -123,6 +123,8 @@ def plan_job(opened: OpenedJob) -> Plan:
     job = opened.job
     refuse_contradictions(job)
     source, recipe = opened.model.source, opened.choice.recipe
+    if job.cache is not None:
+        refuse_latents(source.config)
     return make_plan(source, recipe, job.formats, job.imatrix, calibrated=job.calibrated)
 
 

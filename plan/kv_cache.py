@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from r1q.core.artifact import OutputFolder
 from r1q.core.cache_scales import CACHE_SCALES, CacheScales
@@ -12,6 +13,9 @@ from r1q.core.checkpoint import MANIFEST, QuantizedCheckpoint
 from r1q.core.errors import UsageError
 from r1q.core.files import sha256_file
 from r1q.quantize.run import Event
+
+if TYPE_CHECKING:
+    from r1q.models.config import ModelConfig
 
 CACHES = ("float", "int8")
 MAX_WINDOWS = 32  # with a quarter of them the divergence that 8 bits cost at 8,192 tokens was 0.0020 instead of 0.0015
@@ -43,6 +47,14 @@ def cache_text(kv: str, formats: tuple[str, ...], text: CacheText) -> CacheText 
     return text
 
 
+def refuse_latents(config: ModelConfig) -> None:
+    """Raise `UsageError` for a model whose cache holds latents: one vector for all heads, which are few bytes already."""
+    if config.latent is not None:
+        raise UsageError(
+            "--kv int8 is for keys and values of heads; of latent attention the cache holds latents, which stay float: leave it out"
+        )
+
+
 def cache_scales(output: OutputFolder, text: CacheText) -> Iterator[Event | CacheScales]:
     """Yield an event for each block of the pass over the text, at last the scales; those kept already are not made again."""
     from r1q.calibration.windows import make_windows
@@ -52,6 +64,7 @@ def cache_scales(output: OutputFolder, text: CacheText) -> Iterator[Event | Cach
 
     checkpoint = QuantizedCheckpoint.open(output.checkpoint)
     config = ModelConfig.read(checkpoint.sidecar, checkpoint.model_name)
+    refuse_latents(config)
     samples = min(text.samples, MAX_WINDOWS)
     windows = make_windows(text.calibration, Tokenizer.open(checkpoint.sidecar), samples=samples, length=text.length)
     positions = served_context(config)

@@ -251,9 +251,12 @@ LIES: dict[str, tuple[Edit, str]] = {
     "another activation": (_set("activation_type", "silu"), "activation_type is"),
     "scores as shares": (
         _input(14, lambda graph: node(graph, "router/MatMul").output[0]),
-        "does not take 8 scores of what it mixes, and their softmax",
+        "does not weigh by the softmax of 8 scores of what it mixes",
     ),
-    "shares of another block": (_input(14, lambda _: "/model/layers.1/mlp/router/Softmax/output_0"), "does not take 8"),
+    "shares of another block": (
+        _input(14, lambda _: "/model/layers.1/mlp/router/Softmax/output_0"),
+        "does not weigh by",
+    ),
     "blocks": (_set("block_size", 32), "takes 'model.layers.2.mlp.experts.gate_up_proj.scales'"),
 }
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from r1q.core.errors import UsageError
 from r1q.plan.job import Job, OpenedJob, open_job, plan_job, workload
 from r1q.plan.memory import memory_parts
 from r1q.plan.plan import Plan
@@ -96,6 +95,10 @@ def test_a_gptq_folder_codes_experts_alone(headers: Path) -> None:
     assert "experts alone" in opened.choice.reason
 
 
-def test_onnx_cannot_hold_it_and_says_why(headers: Path) -> None:
-    with pytest.raises(UsageError, match="latent attention, which has no GroupQueryAttention form"):
-        planned(headers, bits=4, formats=("onnx",))
+def test_an_onnx_folder_has_experts_in_4_bits_and_the_rest_in_8(headers: Path) -> None:
+    opened, plan = planned(headers, bits=4, formats=("onnx",))
+    assert {str(t.scheme) for t in plan.tensors if t.spec.expert is not None} == {"int4 g128"}
+    grids = {t.spec.kind: str(t.scheme) for t in plan.tensors if t.spec.expert is None and t.spec.is_matrix}
+    kept = {"ffn_gate_inp": "f32", "attn_k_b": "bf16", "attn_v_b": "bf16", "token_embd": "q8_0", "output": "q8_0"}
+    assert grids == {kind: kept.get(kind, "int8 g128") for kind in grids}
+    assert "experts alone have 4 bits, what thinks has 8; kv_b_proj stays bf16" in opened.choice.reason
