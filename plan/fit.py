@@ -159,6 +159,7 @@ def tensor_options(
     """
     # What nobody has felt has the holder's base, but for experts that no token was sent to: they go with the others.
     offered = holder.schemes if felt or spec.expert is not None else (holder.base,)
+    offered = (Scheme(grid="bf16"),) if spec.kind in holder.floats else offered
     schemes = [scheme for scheme in offered if scheme.divides(spec.columns)] or [Scheme(grid="f16")]
     tried = _ROWS if spec.expert is None else _ROWS_OF_AN_EXPERT
     rows = np.arange(0, spec.rows, max(1, spec.rows // tried))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from r1q.core.recipe import PlannedTensor
+from r1q.core.recipe import KV_B_HALVES, PlannedTensor
 from r1q.core.scheme import Scheme
 from r1q.core.tensors import TensorSpec
 from r1q.models.source import ModelSource
@@ -33,7 +33,7 @@ _SCALE = 4  # bytes of a float32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A format with `schemes` to choose from, and `base` for what a recipe's rules do not name.
+    """A format with `schemes` to choose from, and `base` for what a recipe's rules do not name; kinds in `floats` stay bf16.
 
     `matrix_bytes(spec, scheme)`; `whole_bytes(source, planned tensors, recipe's name)` of the artifact; `stack(spec)` names the
     matrices that have one grid.
@@ -44,6 +44,7 @@ class Holder:
     matrix_bytes: Callable[[TensorSpec, Scheme], int]
     whole_bytes: Callable[[ModelSource, tuple[PlannedTensor, ...], str], int]
     stack: Callable[[TensorSpec], str]
+    floats: tuple[str, ...] = ()
 
     @property
     def words(self) -> list[str]:
@@ -70,6 +71,7 @@ def onnx_holder(*, cache: bool = False) -> Holder:
         matrix_bytes=_matrix_bytes,
         whole_bytes=partial(_folder_bytes, cache=cache),
         stack=_product,
+        floats=KV_B_HALVES,  # multiplied head by head, as floats
     )
 
 

@@ -118,12 +118,18 @@ def test_an_onnx_folder_has_the_bytes_that_were_predicted(make_model: MakeModel,
 
 @pytest.mark.parametrize(
     ("family", "to", "budget"),
-    [("qwen3_moe", "gguf", 800_000), ("qwen3_moe", "onnx", 1_000_000), ("deepseek_v3", "gguf", 600_000)],
+    [
+        ("qwen3_moe", "gguf", 800_000),
+        ("qwen3_moe", "onnx", 1_000_000),
+        ("deepseek_v3", "gguf", 600_000),
+        ("deepseek_v3", "onnx", 1_100_000),
+    ],
 )
 def test_experts_of_a_block_share_a_grid_within_the_bytes(
     moe_models: SimpleNamespace, tmp_path: Path, family: str, to: str, budget: int
 ) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"q_lora_rank": 64, "qk_rope_head_dim": 16, "v_head_dim": 32} if family == "deepseek_v3" else {}
     model, out = moe_models.write_moe_model(tmp_path / "m", family, **sizes), tmp_path / "out"
     result = CliRunner().invoke(cli, ["quantize", str(model), "--fit", str(budget), "--to", to, "-o", str(out), "-q"])
     assert result.exit_code == 0, result.output
@@ -138,7 +144,7 @@ def test_experts_of_a_block_share_a_grid_within_the_bytes(
             grids.setdefault(spec.layer if to == "onnx" else spec.gguf_name, set()).add(
                 str(checkpoint.scheme(spec.name))
             )
-        elif spec.kind == "ffn_gate_inp":
+        elif spec.kind == "ffn_gate_inp" or (to == "onnx" and spec.kind in ("attn_k_b", "attn_v_b")):
             assert checkpoint.scheme(spec.name).facts.family == "float"
     assert {len(each) for each in grids.values()} == {1}
 
