@@ -10,13 +10,11 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from r1q.core.errors import InputError, MissingError, UsageError
-from r1q.runtimes.base import Floats, Options, check_sequences, check_tokens, choose_context
+from r1q.runtimes.base import Closing, Floats, Options, check_sequences, check_tokens, choose_context
 
 LAST = 8.0
 
@@ -47,7 +45,7 @@ class Echo:
         return EchoSession(vocab, context, options.sequences, load_seconds=time.perf_counter() - started)
 
 
-class EchoSession:
+class EchoSession(Closing):
     """Histories of tokens, and logits counted from them."""
 
     runtime = "echo"
@@ -104,11 +102,3 @@ class EchoSession:
         counts = np.bincount(np.asarray(history), minlength=self.vocab).astype(np.float32)
         counts[history[-1]] += np.float32(LAST)
         return counts
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -11,8 +11,7 @@ import importlib.metadata
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -20,7 +19,7 @@ import numpy as np
 from r1q.core.errors import InputError, MissingError, ResourceError, UsageError
 from r1q.core.gguf_file import GgufFile
 from r1q.runtimes import llama_log
-from r1q.runtimes.base import Floats, Options, check_sequences, check_tokens, choose_context
+from r1q.runtimes.base import Closing, Floats, Options, check_sequences, check_tokens, choose_context
 from r1q.runtimes.cores import physical_cores
 
 GGML_TYPES = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
@@ -68,7 +67,7 @@ class LlamaCpp:
             raise
 
 
-class LlamaSession:
+class LlamaSession(Closing):
     """A loaded model, a context for its sequences, and one for scoring texts when that is asked for."""
 
     runtime = "llama-cpp"
@@ -207,14 +206,6 @@ class LlamaSession:
                 raise ResourceError(f"not enough memory for a context of {params.n_ctx} tokens: {llama_log.reason()}")
             raise MissingError(f"llama.cpp could not make a context of {params.n_ctx} tokens: {llama_log.reason()}")
         return _Context(pointer, self.vocab, rows)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Context:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from r1q.core.allocator import trim_freed_memory
 from r1q.core.errors import MissingError, ResourceError, UsageError
 from r1q.core.onnx_file import OnnxFolder
 from r1q.models.tokenizer import Tokenizer
-from r1q.runtimes.base import Floats, Options, check_sequences, check_tokens, choose_context
+from r1q.runtimes.base import Closing, Floats, Options, check_sequences, check_tokens, choose_context
 from r1q.runtimes.cores import physical_cores
 from r1q.runtimes.huge_pages import on_huge_pages
 from r1q.runtimes.onnx_decoder import OnnxDecoder, check_options, read_decoder, scoring_graph
@@ -66,7 +65,7 @@ def _check_cuda(options: Options) -> None:
         )
 
 
-class OnnxSession:
+class OnnxSession(Closing):
     """The graph that generates, the caches of its sequences, and the graph for scoring texts when that is asked for."""
 
     runtime = "onnxruntime"
@@ -167,14 +166,6 @@ class OnnxSession:
             same = every == self._decoder.main
             self._every = graph if same else _Graph(self._decoder, every, self.threads, self.device)
         return self._every
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _append(graph: _Graph, cache: _Cache, row: int, tokens: Sequence[int], held: int, last: Floats) -> None:

@@ -10,15 +10,14 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from r1q.core.errors import MissingError, UsageError
 from r1q.core.onnx_file import OnnxFolder
 from r1q.models.tokenizer import Tokenizer
-from r1q.runtimes.base import Floats, Options, check_sequences, check_tokens, choose_context
+from r1q.runtimes.base import Closing, Floats, Options, check_sequences, check_tokens, choose_context
 from r1q.runtimes.cores import physical_cores
 from r1q.runtimes.huge_pages import on_huge_pages
 from r1q.runtimes.onnx_decoder import OnnxDecoder, check_options, read_decoder, scoring_graph
@@ -54,7 +53,7 @@ class OnnxRuntimeGenai:
         return GenaiSession(decoder, Tokenizer.open(decoder.folder), options)
 
 
-class GenaiSession:
+class GenaiSession(Closing):
     """A model and a Generator for each sequence that holds tokens; a second model for scoring texts where the first gives one row."""
 
     runtime = "onnxruntime-genai"
@@ -175,14 +174,6 @@ class GenaiSession:
         params = og.GeneratorParams(model)
         params.set_search_options(max_length=self.context)
         return og.Generator(model, params)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def overlay(filename: str, *, threads: int, context: int) -> dict[str, object]:

@@ -10,8 +10,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
@@ -27,7 +25,7 @@ from r1q.models.gptq_source import GptqSource, is_gptq
 from r1q.models.source import ModelSource
 from r1q.models.threads import torch_threads
 from r1q.models.tokenizer import Tokenizer
-from r1q.runtimes.base import Compute, Floats, Options, check_sequences, check_tokens, choose_context
+from r1q.runtimes.base import Closing, Compute, Floats, Options, check_sequences, check_tokens, choose_context
 from r1q.runtimes.cores import physical_cores
 
 DTYPES: Mapping[Compute, torch.dtype] = {"bf16": torch.bfloat16, "f32": torch.float32}
@@ -75,7 +73,7 @@ def open_source(path: Path) -> tuple[TensorReader, Path]:
     return ModelSource.open(path), path
 
 
-class TorchSession:
+class TorchSession(Closing):
     """A decoder, its cache, and how many tokens each sequence holds."""
 
     runtime = "torch"
@@ -185,14 +183,6 @@ class TorchSession:
         told = f"not enough memory for {self.sequences} × {self.context} tokens"
         with torch_threads(self.threads), plain, _within_memory(told, self._kind):
             yield
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _compute(options: Options) -> Compute:
