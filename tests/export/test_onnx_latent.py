@@ -6,6 +6,7 @@ which ONNX Runtime computes in float32.
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,7 @@ Made = Callable[..., OutputFolder]
 TOLERANCE = 1e-4
 SIZES = {"moe_intermediate_size": 64, "q_lora_rank": 64, "qk_rope_head_dim": 16, "v_head_dim": 16}
 GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+harm = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("onnx_damage.py"))))
 BLOCK, TENSOR = "/model/layers.2/", "model.layers.2."
 
 
@@ -101,39 +103,6 @@ def defects(output: OutputFolder) -> list[str]:
     return [str(defect) for result in verify_path(output.path) if result.format == "onnx" for defect in result.defects]
 
 
-def node(graph: Any, name: str) -> Any:
-    return next(node for node in graph.node if node.name == BLOCK + name)
-
-
-def damage(output: OutputFolder, edit: Edit) -> None:
-    path = output.path / "onnx" / "model.onnx"
-    model = onnx.load(path, load_external_data=False)
-    edit(model.graph)
-    onnx.save(model, path)
-    output.record("onnx", output.path / "onnx", ())
-
-
-def change_bytes(output: OutputFolder, name: str, change: Callable[[Any], None]) -> None:
-    """Change the stored bytes of a tensor; where they lie is the onnx package's word."""
-    path = output.path / "onnx" / "model.onnx"
-    graph = onnx.load(path, load_external_data=False).graph
-    tensor = next(tensor for tensor in graph.initializer if tensor.name == TENSOR + name)
-    facts = {entry.key: entry.value for entry in tensor.external_data}
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    file, offset = path.with_name(facts["location"]), int(facts["offset"])
-    values: Any = np.memmap(file, dtype, "r+", offset=offset, shape=tuple(tensor.dims))
-    change(values)
-    values.flush()
-    output.record("onnx", output.path / "onnx", ())
-
-
-def flip(place: tuple[int, ...]) -> Callable[[Any], None]:
-    def change(values: Any) -> None:
-        values.view(f"u{values.dtype.itemsize}")[place] ^= 1
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("name", "place", "where"),
     [
@@ -152,7 +121,7 @@ def flip(place: tuple[int, ...]) -> Callable[[Any], None]:
 )
 def test_one_flipped_bit_is_found(make: Made, name: str, place: tuple[int, ...], where: str) -> None:
     output = make()
-    change_bytes(output, name, flip(place))
+    harm.change_bytes(output, TENSOR + name, harm.flip(place))
     (defect,) = defects(output)
     assert f"{TENSOR}{where}" in defect
 
@@ -162,18 +131,13 @@ def test_heads_that_changed_places_are_found(make: Made) -> None:
         values[[0, 2]] = values[[2, 0]]
 
     output = make()
-    change_bytes(output, "attn.k_b.heads", swap)
+    harm.change_bytes(output, f"{TENSOR}attn.k_b.heads", swap)
     (defect,) = defects(output)
     assert f"{TENSOR}self_attn.k_b_proj.weight" in defect
 
 
 def _set(name: str, key: str, value: Any) -> Edit:
-    def edit(graph: Any) -> None:
-        found = node(graph, name)
-        kept = [attribute for attribute in found.attribute if attribute.name != key]
-        del found.attribute[:]
-        found.attribute.extend([*kept, onnx.helper.make_attribute(key, value)])
-
+    edit: Edit = harm.set_attribute(BLOCK + name, key, value)
     return edit
 
 
@@ -182,14 +146,14 @@ def _input(name: str, at: int, of: str) -> Edit:
 
     def edit(graph: Any) -> None:
         outputs = {output for one in graph.node for output in one.output}
-        node(graph, name).input[at] = BLOCK + of if BLOCK + of in outputs else of
+        harm.node(graph, BLOCK + name).input[at] = BLOCK + of if BLOCK + of in outputs else of
 
     return edit
 
 
 def _swap(name: str) -> Edit:
     def edit(graph: Any) -> None:
-        outputs = node(graph, name).output
+        outputs = harm.node(graph, BLOCK + name).output
         outputs[0], outputs[1] = outputs[1], outputs[0]
 
     return edit
@@ -247,7 +211,7 @@ def _edit(lie: str) -> Edit:
 @pytest.mark.parametrize("lie", LIES)
 def test_a_graph_that_computes_something_else_is_found(make: Made, lie: str) -> None:
     output = make()
-    damage(output, _edit(lie))
+    harm.damage(output, _edit(lie))
     found = defects(output)
     assert any(LIES[lie][1] in defect for defect in found), found
 

@@ -6,13 +6,13 @@ tests/models/test_moe_forward.py. 8 bits it multiplies with inputs rounded to in
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -43,6 +43,7 @@ Make = Callable[..., OutputFolder]
 Edit = Callable[[Any], None]
 TOLERANCE = 1e-4
 SIZES = {"hidden_size": 128, "intermediate_size": 96, "moe_intermediate_size": 64}
+harm = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("onnx_damage.py"))))
 BLOCK = "/model/layers.2/mlp/"
 EXPERT = "model.layers.2.mlp.experts."
 
@@ -150,53 +151,19 @@ def result_of(output: OutputFolder) -> Verified:
     return next(result for result in verify_path(output.path) if result.format == "onnx")
 
 
-def node(graph: Any, name: str) -> Any:
-    return next(node for node in graph.node if node.name == BLOCK + name)
-
-
-def damage(output: OutputFolder, edit: Edit) -> None:
-    path = output.path / "onnx" / "model.onnx"
-    model = onnx.load(path, load_external_data=False)
-    edit(model.graph)
-    onnx.save(model, path)
-    output.record("onnx", output.path / "onnx", ())
-
-
-def change_bytes(output: OutputFolder, name: str, at: int, change: Callable[[Any], None]) -> None:
-    """Change the stored bytes of input `at` of a node; where they lie is the onnx package's word."""
-    path = output.path / "onnx" / "model.onnx"
-    graph = onnx.load(path, load_external_data=False).graph
-    tensor = next(tensor for tensor in graph.initializer if tensor.name == node(graph, name).input[at])
-    facts = {entry.key: entry.value for entry in tensor.external_data}
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    values: Any = np.memmap(
-        path.with_name(facts["location"]), dtype, "r+", offset=int(facts["offset"]), shape=tuple(tensor.dims)
-    )
-    change(values)
-    values.flush()
-    output.record("onnx", output.path / "onnx", ())
-
-
 @pytest.mark.parametrize(
-    ("name", "at", "place", "where", "said"),
+    ("name", "place", "where", "said"),
     [
-        ("QMoE", 2, (0, 0, 0), "0.gate_proj", "1 code differs"),
-        ("QMoE", 2, (7, 127, 63), "7.up_proj", "1 code differs"),
-        ("QMoE", 3, (3, 2, 1), "3.gate_proj", "1 scale differs"),
-        ("QMoE", 5, (5, 9, 0), "5.down_proj", "1 code differs"),
-        ("QMoE", 6, (6, 127, 0), "6.down_proj", "1 scale differs"),
+        ("gate_up_proj.weight", (0, 0, 0), "0.gate_proj", "1 code differs"),
+        ("gate_up_proj.weight", (7, 127, 63), "7.up_proj", "1 code differs"),
+        ("gate_up_proj.scales", (3, 2, 1), "3.gate_proj", "1 scale differs"),
+        ("down_proj.weight", (5, 9, 0), "5.down_proj", "1 code differs"),
+        ("down_proj.scales", (6, 127, 0), "6.down_proj", "1 scale differs"),
     ],
 )
-def test_one_flipped_bit_is_found(
-    make: Make, name: str, at: int, place: tuple[int, ...], where: str, said: str
-) -> None:
+def test_one_flipped_bit_is_found(make: Make, name: str, place: tuple[int, ...], where: str, said: str) -> None:
     output = make(bits=4)
-
-    def flip(values: Any) -> None:
-        bits = values.view(f"u{values.dtype.itemsize}")
-        bits[place] ^= 1
-
-    change_bytes(output, name, at, flip)
+    harm.change_bytes(output, EXPERT + name, harm.flip(place))
     (defect,) = result_of(output).defects
     assert (defect.where, said in defect.what) == (f"{EXPERT}{where}.weight", True)
 
@@ -209,35 +176,30 @@ def test_what_changed_places_is_found(make: Make) -> None:
         values[2, [6, 7]] = values[2, [7, 6]]
 
     output = make(bits=4)
-    change_bytes(output, "QMoE", 5, two_experts)
-    change_bytes(output, "QMoE", 2, gate_and_up)
+    harm.change_bytes(output, f"{EXPERT}down_proj.weight", two_experts)
+    harm.change_bytes(output, f"{EXPERT}gate_up_proj.weight", gate_and_up)
     wrong = {f"{EXPERT}{name}.weight" for name in ("1.down_proj", "4.down_proj", "2.gate_proj", "2.up_proj")}
     assert {defect.where for defect in result_of(output).defects} == wrong
 
 
 def test_a_router_of_another_block_is_found(make: Make) -> None:
     def edit(graph: Any) -> None:
-        other = next(node for node in graph.node if node.name == "/model/layers.1/mlp/router/MatMul")
-        node(graph, "router/MatMul").input[1] = other.input[1]
+        other = harm.node(graph, "/model/layers.1/mlp/router/MatMul")
+        harm.node(graph, f"{BLOCK}router/MatMul").input[1] = other.input[1]
 
     output = make(bits=4)
-    damage(output, edit)
+    harm.damage(output, edit)
     assert "model.layers.2.mlp.gate.weight" in {defect.where for defect in result_of(output).defects}
 
 
 def _set(key: str, value: Any) -> Edit:
-    def edit(graph: Any) -> None:
-        found = node(graph, "QMoE")
-        kept = [attribute for attribute in found.attribute if attribute.name != key]
-        del found.attribute[:]
-        found.attribute.extend([*kept, onnx.helper.make_attribute(key, value)])
-
+    edit: Edit = harm.set_attribute(f"{BLOCK}QMoE", key, value)
     return edit
 
 
 def _input(at: int, of: Callable[[Any], str]) -> Edit:
     def edit(graph: Any) -> None:
-        node(graph, "QMoE").input[at] = of(graph)
+        harm.node(graph, f"{BLOCK}QMoE").input[at] = of(graph)
 
     return edit
 
@@ -250,7 +212,7 @@ LIES: dict[str, tuple[Edit, str]] = {
     "halves": (_set("swiglu_fusion", 2), "swiglu_fusion is 2, the model needs 1"),
     "another activation": (_set("activation_type", "silu"), "activation_type is"),
     "scores as shares": (
-        _input(14, lambda graph: node(graph, "router/MatMul").output[0]),
+        _input(14, lambda graph: harm.node(graph, f"{BLOCK}router/MatMul").output[0]),
         "does not weigh by the softmax of 8 scores of what it mixes",
     ),
     "shares of another block": (
@@ -265,7 +227,7 @@ LIES: dict[str, tuple[Edit, str]] = {
 def test_a_graph_that_mixes_otherwise_is_found(make: Make, lie: str) -> None:
     edit, said = LIES[lie]
     output = make(bits=4)
-    damage(output, edit)
+    harm.damage(output, edit)
     defects = [str(defect) for defect in result_of(output).defects]
     assert any(said in defect for defect in defects), defects
     assert len(defects) <= 2  # and not a line for everything that follows from it
