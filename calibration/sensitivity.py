@@ -43,10 +43,9 @@ class Sensitivity:
 def sensitivities(
     source: TensorReader, tokens: NDArray[np.int64], *, seed: int = 0
 ) -> Iterator[Mapping[str, Sensitivity]]:
-    """Yield the sensitivities of the head, of each block from the last to the first, and of the embedding, by name.
+    """Yield the sensitivities of the head, of each block from the last to the first, and of the embedding, by own name.
 
-    That is the GGUF tensor's, with an expert's number in it: `blk.0.ffn_up_exps.17.weight`. What no token was sent to has none, nor
-    has a matrix that is no linear layer (attn_k_b of latent attention).
+    What no token was sent to has none, nor has a matrix that is no linear layer (attn_k_b of latent attention).
 
     `tokens` [windows, length]; the hidden states of all blocks are kept, in bfloat16. A tied table is yielded as `token_embd.weight`
     twice, once in each of its uses. Raises `InputError` where a block makes numbers that are not finite.

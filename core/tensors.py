@@ -35,6 +35,11 @@ class TensorSpec:
         return f"{stem}.{self.part}"
 
     @property
+    def own_name(self) -> str:
+        """The GGUF tensor's name with an expert's number in it, so that no two have the same: `blk.0.ffn_up_exps.17.weight`."""
+        return self.gguf_name if self.expert is None else f"blk.{self.layer}.{self.key}"
+
+    @property
     def is_matrix(self) -> bool:
         """Whether this is a two-dimensional weight, which a recipe may quantize."""
         return len(self.shape) == 2 and self.part == "weight"

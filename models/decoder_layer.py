@@ -171,14 +171,12 @@ def _neighbours(heads: Tensor) -> Tensor:
 
 
 class Loader:
-    """Reads tensors by their names in blocks into the dtype and device of a decoder, some rows at a time."""
+    """Reads tensors by their own names into the dtype and device of a decoder, some rows at a time."""
 
     def __init__(self, source: TensorReader, dtype: torch.dtype, device: torch.device) -> None:
         self._source, self._config, self._dtype, self._device = source, source.config, dtype, device
         self._packs = _packs(dtype, device)
-        self._specs = {
-            spec.gguf_name if spec.layer is None else f"blk.{spec.layer}.{spec.key}": spec for spec in source.tensors
-        }
+        self._specs = {spec.own_name: spec for spec in source.tensors}
 
     def layer(self, index: int) -> Layer:
         """Return a block. Raises what the source's `read_rows` raises."""

@@ -79,7 +79,7 @@ def fit_recipe(
     matrices = [spec for spec in source.tensors if not never_coded(spec)]
     stacks: dict[str, Stack] = {}
     for done, spec in enumerate(matrices, start=1):
-        felt = found.get(_name(spec), [])
+        felt = found.get(spec.own_name, [])
         one = Stack(members={spec: importance(spec, felt)}, options=tensor_options(source, spec, felt, holder))
         key = holder.stack(spec)
         stacks[key] = stacks[key] + one if key in stacks else one
@@ -99,10 +99,6 @@ def fit_recipe(
         loss=sum(option.loss for option in chosen.values()),
         swaps=tuple(measured),
     )
-
-
-def _name(spec: TensorSpec) -> str:
-    return spec.gguf_name if spec.layer is None else f"blk.{spec.layer}.{spec.key}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,7 +91,7 @@ def test_experts_cost_what_was_predicted(moe_models: SimpleNamespace, tmp_path: 
             exact = source.read_rows(spec.name, 0, spec.rows)
             error = 0.05 * float(np.sqrt(np.mean(exact**2))) * rng.standard_normal(exact.shape).astype(np.float32)
             changed[spec.name] = exact + error
-            (felt,) = found[f"blk.1.{spec.key}"]
+            (felt,) = found[spec.own_name]
             predicted += 0.5 * float(felt.rows @ (error.astype(np.float64) ** 2 @ felt.columns))
         ratios[kind] = divergence(source, changed) / predicted
     assert {kind: ratio for kind, ratio in ratios.items() if not 1 / 2 < ratio < 2} == {}
