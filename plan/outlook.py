@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from r1q.plan.disks import probe_disks
 from r1q.plan.effort import workers_beside
 from r1q.plan.healing import HEALING_COPIES, healing_parts, healing_work
+from r1q.plan.holders import gguf_holder, onnx_holder
 from r1q.plan.job import OpenedJob, job_folder, planned_engine, refuse_little_memory, workload
 from r1q.plan.memory import memory_parts, rounding_parts, tell
 from r1q.plan.plan import Plan
@@ -42,7 +43,7 @@ class Outlook:
 def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
     """Return what the job will take. Raises `ResourceError` where its memory does not fit."""
     job = opened.job
-    sizes = dict.fromkeys(("checkpoint", *plan.formats), plan.bytes)
+    sizes = {"checkpoint": plan.bytes, **{name: _bytes_of(name, opened, plan) for name in plan.formats}}
     config = opened.model.source.config
     parts, spilled, seconds, hidden = rounding_parts(config, plan.formats), False, None, 0
     refuse_little_memory(opened, plan)
@@ -57,6 +58,18 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
             seconds = _seconds(opened, plan, engine)
     disk = sum(sizes.values()) + hidden
     return Outlook(bytes=sizes, disk=disk, memory=sum(parts.values()), parts=parts, spilled=spilled, seconds=seconds)
+
+
+def _bytes_of(name: str, opened: OpenedJob, plan: Plan) -> int:
+    """Return the bytes of an artifact: of GGUF but for a line of metadata, of ONNX to the byte; else those of the weights.
+
+    Else is a GPTQ folder, w8a8, and a model whose tokenizer is not there.
+    """
+    source = opened.model.source
+    holders = {"gguf": gguf_holder(), "onnx": onnx_holder(cache=opened.job.cache is not None)}
+    if name not in holders or opened.job.static or not (source.path / "tokenizer.json").is_file():
+        return plan.bytes
+    return holders[name].whole_bytes(source, plan.tensors, plan.recipe.name)
 
 
 def _state_bytes(opened: OpenedJob, engine: Engine) -> int:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
 from r1q.cli import main
@@ -20,11 +21,22 @@ def test_planned_bytes_are_the_bytes_of_the_file(tmp_path: Path) -> None:
     assert run("quantize", "--scheme", "q4_k_m", "-o", str(tmp_path / "out"), "-q").exit_code == 0
     checkpoint = QuantizedCheckpoint.open(tmp_path / "out" / "checkpoint")
     stored = sum(r.spec.rows * r.scheme.row_bytes(r.spec.columns) for r in checkpoint.records.values())
-    assert planned["bytes"] == {"checkpoint": stored, "gguf": stored}
     (file,) = (tmp_path / "out").glob("*.gguf")
+    assert planned["bytes"]["checkpoint"] == stored
+    assert abs(planned["bytes"]["gguf"] - file.stat().st_size) <= 64  # the license, which the source's card says
     assert 0 < file.stat().st_size - stored < 1 << 19  # metadata and tokenizer
     assert planned["tensors"] == {name: str(record.scheme) for name, record in checkpoint.records.items()}
     assert planned["seconds"] is None
+
+
+@pytest.mark.parametrize("kv", ["float", "int8"])
+def test_planned_bytes_are_those_of_an_onnx_folder(tmp_path: Path, kv: str) -> None:
+    """Scales are wider there than in a checkpoint, and two graphs and the tokenizer lie beside."""
+    options = ["--bits", "4", "--to", "onnx", "--kv", kv]
+    planned = json.loads(run("plan", *options, "--json").output)
+    assert run("quantize", *options, "-o", str(tmp_path / "out"), "-q").exit_code == 0
+    assert planned["bytes"]["onnx"] == sum(file.stat().st_size for file in (tmp_path / "out/onnx").iterdir())
+    assert planned["disk"] == sum(planned["bytes"].values())
 
 
 def test_a_calibrated_plan_has_a_time_and_dry_run_says_the_same_of_memory(tmp_path: Path) -> None:
