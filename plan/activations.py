@@ -19,6 +19,7 @@ from r1q.plan.choose import W8A8
 from r1q.quantize.run import Event
 
 if TYPE_CHECKING:
+    from r1q.models.config import ModelConfig
     from r1q.quantize.balance import BalancedSource
 
 MAX_WINDOWS = 32  # ranges need fewer tokens than second moments do
@@ -34,6 +35,14 @@ class ActivationText:
     method: str = "minmax"
 
 
+def refuse_sparse(config: ModelConfig) -> None:
+    """Raise `UsageError` for a model with experts or latent attention."""
+    if config.experts is not None or config.latent is not None:
+        raise UsageError(
+            f"{config.name}: {W8A8} is for dense models; experts and latent attention are quantized with --bits 4 or 8"
+        )
+
+
 def balanced_source(
     source: ModelSource, output: OutputFolder, text: ActivationText
 ) -> Iterator[Event | BalancedSource]:
@@ -44,11 +53,7 @@ def balanced_source(
     """
     from r1q.quantize.balance import BalancedSource
 
-    config = source.config
-    if config.experts is not None or config.latent is not None:
-        raise UsageError(
-            f"{config.name}: {W8A8} is for dense models; experts and latent attention are quantized with --bits 4 or 8"
-        )
+    refuse_sparse(source.config)
     wanted, windows = _record(source, text)
     path = output.path / ACTIVATIONS
     kept = next((p for p in (path, output.checkpoint / SIDECAR / ACTIVATIONS) if p.is_file()), None)

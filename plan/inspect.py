@@ -58,6 +58,10 @@ def _inspect_folder(path: Path) -> Inspection:
     pickled = next((entry.name for entry in sorted(path.iterdir()) if entry.suffix in _PICKLED), None)
     if pickled:
         raise InputError(f"{path} has only pickled weights ({pickled}), which can run code and are never opened")
+    if any(path.glob("*.onnx")):
+        raise InputError(
+            f"{path} is an ONNX folder: r1q verify and r1q bench read it; inspect the checkpoint that it was made from"
+        )
     raise InputError(f"{path} holds no weights: neither .safetensors nor .gguf files, nor an r1q checkpoint")
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from r1q.core.artifact import OutputFolder, newest_output
 from r1q.core.errors import CheckError, ResourceError, UsageError
 from r1q.models.embedded import OpenedModel, open_model
-from r1q.plan.activations import ActivationText
+from r1q.plan.activations import ActivationText, refuse_sparse
 from r1q.plan.choose import W8A8, Choice, Wish, choose_recipe
 from r1q.plan.effort import choose_engine, workers_beside
 from r1q.plan.healing import refuse_healing
@@ -125,6 +125,8 @@ def plan_job(opened: OpenedJob) -> Plan:
     source, recipe = opened.model.source, opened.choice.recipe
     if job.cache is not None:
         refuse_latents(source.config)
+    if job.static:
+        refuse_sparse(source.config)
     return make_plan(source, recipe, job.formats, job.imatrix, calibrated=job.calibrated)
 
 

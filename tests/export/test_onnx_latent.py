@@ -225,9 +225,11 @@ def test_sizes_that_the_attention_does_not_take_are_refused(moe_models: SimpleNa
         make_plan(source, recipe, ("onnx",))
 
 
-def test_an_8_bit_cache_of_latents_is_refused_before_anything_is_read(
+def test_8_bits_of_latents_or_of_inputs_are_refused_before_anything_is_read(
     moe_models: SimpleNamespace, tmp_path: Path
 ) -> None:
     folder = moe_models.write_moe_model(tmp_path / "m", "deepseek_v3", **SIZES)
     with pytest.raises(UsageError, match="the cache holds latents, which stay float"):
         plan_job(open_job(Job(model=str(folder), bits=4, formats=("onnx",), kv="int8")))
+    with pytest.raises(UsageError, match="w8a8 is for dense models"):
+        plan_job(open_job(Job(model=str(folder), scheme="w8a8", formats=("onnx",))))
