@@ -344,7 +344,8 @@ def test_folders_of_gguf_files(tmp_path: Path) -> None:
 
 def test_what_is_nothing_is_refused_with_what_it_is(tmp_path: Path) -> None:
     cases = {"gone": "no such file", "empty": "holds no weights", "x.txt": "no file that r1q knows",
-             "x.bin": "pickled", "x.gguf": "too short", "pickles": "only pickled weights", "onnx": "r1q verify and r1q bench"}  # fmt: skip
+             "x.bin": "pickled", "x.gguf": "too short", "pickles": "only pickled weights",
+             "onnx": "r1q verify and r1q bench"}  # fmt: skip
     (tmp_path / "onnx").mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "pickles").mkdir()
