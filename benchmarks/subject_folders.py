@@ -22,6 +22,7 @@ from r1q.models.source import ModelSource
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
+_EXPERT_BITS = ("expert_weight_bits", 4)
 _EXPERT_CODES = (2, 5)  # inputs of QMoE: gate and up of all experts, and down
 _TABLES = ("GroupQueryAttention", "RotaryEmbedding", "MultiHeadAttention")  # their initializers are cosines and sines
 
@@ -156,41 +157,45 @@ def _weights(tensor: OnnxTensor, nodes: list[OnnxNode]) -> int:
     for node in nodes:
         place = node.inputs.index(tensor.name)
         if node.op_type == "MatMulNBits":
-            return int(str(node.attributes["K"])) * int(str(node.attributes["N"])) if place == 1 else 0
+            return _size(node, "K") * _size(node, "N") if place == 1 else 0
         if node.op_type == "QMoE":
-            return 8 * tensor.nbytes // _expert_bits(node) if place in _EXPERT_CODES else 0
+            return 8 * tensor.nbytes // _size(node, *_EXPERT_BITS) if place in _EXPERT_CODES else 0
         if node.op_type == "GatherBlockQuantized":
-            bits = int(str(node.attributes.get("bits", 4)))
-            return 8 * tensor.nbytes // bits if place == 0 else 0
+            return 8 * tensor.nbytes // _size(node, "bits", 4) if place == 0 else 0
         if node.op_type in ("DequantizeLinear", "MatMulIntegerToFloat", "DynamicQuantizeMatMul") and place > 1:
             return 0
     integers = BITS[tensor.dtype] <= 8 and len(tensor.shape) > 1
     return tensor.size if tensor.dtype in _FLOATS or integers else 0
 
 
-def _expert_bits(node: OnnxNode) -> int:
-    return int(str(node.attributes.get("expert_weight_bits", 4)))
+def _size(node: OnnxNode, key: str, default: int = 0) -> int:
+    """Return an attribute that says how many. Raises InputError for one that is missing and for what is no positive number."""
+    found = node.attributes.get(key, default)
+    if not isinstance(found, int) or found < 1:
+        raise InputError(f"{node}: {key} is {str(found)[:40]}, not a number of something")
+    return found
 
 
 def _share_used(tensor: OnnxTensor, node: OnnxNode) -> float:
     """Return which share of a tensor a token touches: of those of all experts, [experts, …], that of the experts it is sent to."""
     if node.op_type != "QMoE" or not tensor.shape or not tensor.shape[0]:
         return 1.0
-    return min(1.0, int(str(node.attributes.get("k", 1))) / tensor.shape[0])
+    return min(1.0, _size(node, "k", 1) / tensor.shape[0])
 
 
 def _onnx_grid(graph: OnnxGraph, data: Mapping[str, OnnxTensor]) -> str:
     counts: Counter[str] = Counter()
     for node in graph.nodes:
         if node.op_type == "MatMulNBits":
-            facts = {key: int(str(node.attributes.get(key, 0))) for key in ("bits", "block_size", "K", "N")}
             zeros = " asym" if node.input(3) else ""
-            counts[f"onnx int{facts['bits']} g{facts['block_size']}{zeros}"] += facts["K"] * facts["N"]
+            grid = f"onnx int{_size(node, 'bits', 4)} g{_size(node, 'block_size')}{zeros}"
+            counts[grid] += _size(node, "K") * _size(node, "N")
         if node.op_type == "QMoE":
             codes = [data[node.input(place)] for place in _EXPERT_CODES if node.input(place) in data]
-            zeros, block = " asym" if node.input(11) else "", node.attributes.get("block_size", 0)
-            grid = f"onnx int{_expert_bits(node)} g{block}{zeros}"
-            counts[grid] += sum(8 * tensor.nbytes // _expert_bits(node) for tensor in codes)
+            zeros, bits = " asym" if node.input(11) else "", _size(node, *_EXPERT_BITS)
+            block = f"g{_size(node, 'block_size')}" if "block_size" in node.attributes else "row"
+            grid = f"onnx int{bits} {block}{zeros}"
+            counts[grid] += sum(8 * tensor.nbytes // bits for tensor in codes)
     if counts:
         return counts.most_common(1)[0][0]
     for tensor in data.values():
@@ -224,6 +229,6 @@ def _onnx_traffic(
         touched_weights=int(touched),
         cache_values=wide * sum(values),
         width=Counter(widths).most_common(1)[0][0] if widths else 0,
-        inner=max((int(str(n.attributes["K"])) for n in graph.nodes if n.op_type == "MatMulNBits"), default=0),
+        inner=max((_size(n, "K") for n in graph.nodes if n.op_type == "MatMulNBits"), default=0),
         vocab=vocab,
     )

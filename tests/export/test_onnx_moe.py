@@ -20,7 +20,7 @@ from r1q.benchmarks.subject_folders import folder_subject
 from r1q.cli import main as cli
 from r1q.core.artifact import OutputFolder
 from r1q.core.checkpoint import QuantizedCheckpoint
-from r1q.core.errors import UsageError
+from r1q.core.errors import InputError, UsageError
 from r1q.core.recipe import Recipe, Rule
 from r1q.core.scheme import Scheme
 from r1q.export.lint import lint_path
@@ -249,6 +249,15 @@ def test_what_qmoe_cannot_hold_is_refused(
     source = ModelSource.open(moe_models.write_moe_model(tmp_path / "m", "qwen3_moe", **SIZES))
     with pytest.raises(UsageError, match=says):
         make_plan(source, Recipe(name="r", base=Scheme(grid="q4_0"), rules=rules), ("onnx",))
+
+
+@pytest.mark.parametrize("key", ["k", "expert_weight_bits", "block_size"])
+def test_sizes_that_are_none_are_refused(make: Make, key: str) -> None:
+    output = make(bits=4)
+    harm.damage(output, harm.set_attribute(f"{BLOCK}QMoE", key, 0))
+    with pytest.raises(InputError, match=f"QMoE: {key} is 0"):
+        folder_subject(output.path / "onnx", "onnx")
+    assert result_of(output).defects
 
 
 def test_a_token_touches_the_experts_it_is_sent_to(make: Make) -> None:
