@@ -16,7 +16,7 @@ from typing import Any
 from r1q.core.errors import InputError, MissingError, R1qError
 from r1q.core.files import explain_os_error
 
-_ALLOWED = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+_ALLOWED = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "README.md"]
 _IGNORED = ["*/*", "consolidated*"]  # other formats' folders; Mistral's second copy of the weights
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _ID = re.compile(rf"(?P<repository>{_PART}/{_PART})(@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?")

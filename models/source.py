@@ -40,6 +40,7 @@ _SIDECARS = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.json",
+    "README.md",
 )
 _COMPARE_ROWS = 4096
 
@@ -157,12 +158,12 @@ class ModelSource:
         return dict(sorted((hashes | {path.name: sha256_file(path) for path in self.sidecars()}).items()))
 
     def sidecars(self) -> list[Path]:
-        """Return the files that belong to the model beside its weights: configs, tokenizer, chat templates."""
+        """Return the files that belong to the model beside its weights: configs, tokenizer, chat templates, its card."""
         return sidecar_files(self.path)
 
 
 def sidecar_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder that belong to the model beside its weights: configs, tokenizer, chat templates."""
+    """Return the files of a model folder that belong to the model beside its weights: configs, tokenizer, chat templates, its card."""
     names = [*_SIDECARS, *sorted(path.name for path in folder.glob("*.jinja"))]
     return [folder / name for name in names if (folder / name).is_file()]
 

@@ -61,7 +61,7 @@ def outlook(opened: OpenedJob, plan: Plan, *, timed: bool = True) -> Outlook:
 
 
 def _bytes_of(name: str, opened: OpenedJob, plan: Plan) -> int:
-    """Return the bytes of an artifact: of GGUF but for a line of metadata, of ONNX to the byte; else those of the weights.
+    """Return the bytes of an artifact: of GGUF and of ONNX to the byte; else those of the weights.
 
     Else is a GPTQ folder, w8a8, and a model whose tokenizer is not there.
     """

@@ -184,6 +184,15 @@ def test_the_model_card_gives_the_license(tmp_path: Path) -> None:
     assert card == {"general.license": "mit", "general.license_link": "LICENSE"}
 
 
+def test_the_license_of_the_source_reaches_the_file(
+    make_model: MakeModel, checkpoint_of: Checkpoint, tmp_path: Path
+) -> None:
+    model = make_model("qwen2")
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
+    file = GgufFile.open(write_gguf(checkpoint_of(model), tmp_path))
+    assert file.metadata["general.license"] == "mit"
+
+
 def test_sampling_of_r1_is_written_where_nothing_else_is_said(make_model: MakeModel, checkpoint_of: Checkpoint) -> None:
     r1 = "{{ bos_token }}<｜User｜>{{ messages[0]['content'] }}<｜Assistant｜><think>\n"
     assert is_r1_template(r1)

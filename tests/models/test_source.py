@@ -185,12 +185,12 @@ def test_the_fingerprint_changes_with_every_file_it_names(make_model: MakeModel)
 
 def test_sidecars_are_the_files_beside_the_weights(make_model: MakeModel) -> None:
     folder = make_model()
-    for name in ("merges.txt", "chat_template.jinja", "README.md", "modeling_x.py", "pytorch_model.bin"):
+    for name in ("merges.txt", "chat_template.jinja", "README.md", "NOTES.md", "modeling_x.py", "pytorch_model.bin"):
         (folder / name).write_text("x")
     found = {path.name for path in ModelSource.open(folder).sidecars()}
     assert found == {
         *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-        *("merges.txt", "chat_template.jinja"),
+        *("merges.txt", "chat_template.jinja", "README.md"),
     }
 
 
