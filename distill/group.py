@@ -5,6 +5,7 @@ Started by `torchrun`, which says through its own environment who is who. One pr
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,7 +106,11 @@ def joined(rows: int) -> Iterator[Group]:
             raise UsageError(f"{group.size} processes and --rows {rows}: each takes a share of a batch; give more rows")
         yield group
     finally:
+        # What DistributedDataParallel made holds the group in a circle. Freed as late as Python itself ends, gloo's threads, which
+        # still have tensors of Python's, end the process with SIGABRT (pytorch/pytorch#179291).
+        gc.collect()
         dist.destroy_process_group()
+        gc.collect()
 
 
 def _local() -> int:

@@ -112,7 +112,10 @@ def test_two_processes_take_the_step_of_one(
     monkeypatch.setattr(sys, "argv", [*asked, str(tmp_path / "one")])
     runpy.run_path(str(script))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(r1q.__file__).parents[1])}
-    subprocess.run([*TORCHRUN, *asked, str(tmp_path / "two")], check=True, capture_output=True, env=environment)
+    done = subprocess.run(
+        [*TORCHRUN, *asked, str(tmp_path / "two")], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     first, second = (np.load(tmp_path / "two" / f"rank{rank}.npy") for rank in (0, 1))
     np.testing.assert_array_equal(first, second)
     assert (tmp_path / "two" / "differs0").exists()
