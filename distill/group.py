@@ -5,7 +5,6 @@ Started by `torchrun`, which says through its own environment who is who. One pr
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,12 +104,11 @@ def joined(rows: int) -> Iterator[Group]:
         if rows < group.size:
             raise UsageError(f"{group.size} processes and --rows {rows}: each takes a share of a batch; give more rows")
         yield group
+        # gloo's threads may still be giving back tensors of Python's, for which they want its lock: a process that ends meanwhile is
+        # ended with SIGABRT (pytorch/pytorch#179291). Who waits for the others here has given up the lock for as long.
+        dist.barrier()
     finally:
-        # What DistributedDataParallel made holds the group in a circle. Freed as late as Python itself ends, gloo's threads, which
-        # still have tensors of Python's, end the process with SIGABRT (pytorch/pytorch#179291).
-        gc.collect()
         dist.destroy_process_group()
-        gc.collect()
 
 
 def _local() -> int:
