@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from r1q.core.closing import Closing
 from r1q.core.errors import InputError
 from r1q.core.files import fill, replacing, writing
 
@@ -87,7 +88,7 @@ class Digest(Protocol):
         """Return the hash of what was added so far."""
 
 
-class SafetensorsFile:
+class SafetensorsFile(Closing):
     """An open safetensors file whose header has been checked. `tensors` is in the order of the data.
 
     Close it, use it as a context manager, or let it go: the file is closed with the object. Threads may share it.
@@ -171,14 +172,6 @@ class SafetensorsFile:
     def __reduce__(self) -> tuple[Callable[[Path], SafetensorsFile], tuple[Path]]:
         """Let another process open the file for itself."""
         return SafetensorsFile.open, (self.path.absolute(),)
-
-    def __enter__(self) -> SafetensorsFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _entry(self, name: str) -> Entry:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -30,6 +31,7 @@ from r1q.models.config import ModelConfig
 
 Table = Blocks | str  # block-quantized, or the name of a float32 tensor [rows, columns]
 Matrix = Table | Columns
+_Blocks = Mapping[int | None, Mapping[str, TensorSpec]]  # a block's tensors by their names in it
 _STACKS = {
     "attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.o_proj": ("self_attn.o_proj",),
@@ -99,9 +101,12 @@ def place_weights(
     specs = {spec.name: spec for spec in checkpoint.tensors}
     table, head = _place_ends(checkpoint, config, data, specs)
     linears, activations = {"lm_head": head}, checkpoint.activations
+    blocks: dict[int | None, dict[str, TensorSpec]] = defaultdict(dict)
+    for spec in checkpoint.tensors:
+        blocks[spec.layer][spec.key] = spec
     experts: dict[int, Experts] = {}
     for layer in range(config.num_layers):
-        if (found := _place_experts(checkpoint, data, layer)) is not None:
+        if (found := _place_experts(checkpoint, data, layer, blocks[layer])) is not None:
             experts[layer] = found
         down = checkpoint.permutation(f"model.layers.{layer}.mlp.down_proj.weight")
         for stem, members in _stacks(checkpoint, specs, layer):
@@ -120,22 +125,23 @@ def place_weights(
     }
     rotary = _place_rotary(data, config, context)
     steps = () if cache is None else _place_cache(data, cache)
-    latents = _place_latents(checkpoint, config, data)
+    latents = _place_latents(checkpoint, config, data, blocks)
     return Weights(
         linears=linears, vectors=vectors, embedding=table, rotary=rotary, experts=experts, latents=latents, cache=steps
     )
 
 
-def _place_latents(checkpoint: QuantizedCheckpoint, config: ModelConfig, data: DataFile) -> dict[int, tuple[str, str]]:
+def _place_latents(
+    checkpoint: QuantizedCheckpoint, config: ModelConfig, data: DataFile, blocks: _Blocks
+) -> dict[int, tuple[str, str]]:
     """Place the halves of kv_b, whatever their scheme, in float32: ONNX Runtime multiplies no integers head by head."""
     latent, heads = config.latent, config.num_heads
     if latent is None:
         return {}
-    specs = {(spec.layer, spec.kind): spec for spec in checkpoint.tensors}
 
     def place(layer: int, kind: str, sides: tuple[int, int]) -> str:
         name = f"model.layers.{layer}.attn.{kind.removeprefix('attn_')}"
-        rows = add_floats(data, checkpoint, f"{name}.weight", [specs[layer, kind]])
+        rows = add_floats(data, checkpoint, f"{name}.weight", [blocks[layer][f"{kind}.weight"]])
         return data.alias(f"{name}.heads", rows, (heads, *sides))
 
     sides = {"attn_k_b": (latent.rank, latent.key_dim), "attn_v_b": (latent.value_dim, latent.rank)}
@@ -145,9 +151,10 @@ def _place_latents(checkpoint: QuantizedCheckpoint, config: ModelConfig, data: D
     }
 
 
-def _place_experts(checkpoint: QuantizedCheckpoint, data: DataFile, layer: int) -> Experts | None:
+def _place_experts(
+    checkpoint: QuantizedCheckpoint, data: DataFile, layer: int, specs: Mapping[str, TensorSpec]
+) -> Experts | None:
     """Place a block's experts; None where it has none. Raises `UsageError` for columns in another order than inputs."""
-    specs = {spec.key: spec for spec in checkpoint.tensors if spec.layer == layer}
     router = specs.get("ffn_gate_inp.weight")
     if router is None:
         return None

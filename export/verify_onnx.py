@@ -78,16 +78,15 @@ def _setting_defects(folder: OnnxFolder, config: ModelConfig) -> Iterator[Defect
         yield Defect(where=CONFIG, what="is missing")
         return
     model, decoder = ("model",), ("model", "decoder")
-    latent = config.latent
-    kept = (config.num_kv_heads, config.head_dim) if latent is None else (1, latent.rope_dim + latent.rank)
+    heads, size = config.cached_heads
     wanted: list[tuple[tuple[str, ...], object]] = [
         ((*model, "type"), _TYPES.get(config.family, config.family)),
         ((*model, "vocab_size"), config.vocab_size),
-        ((*decoder, "head_size"), kept[1]),
+        ((*decoder, "head_size"), size),
         ((*decoder, "hidden_size"), config.hidden_size),
         ((*decoder, "num_attention_heads"), config.num_heads),
         ((*decoder, "num_hidden_layers"), config.num_layers),
-        ((*decoder, "num_key_value_heads"), kept[0]),
+        ((*decoder, "num_key_value_heads"), heads),
     ]
     if config.bos_id is not None:
         wanted.append(((*model, "bos_token_id"), config.bos_id))

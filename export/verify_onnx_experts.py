@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeGuard
 
 from r1q.core.onnx_graph import OnnxNode, OnnxTensor
 from r1q.export.verify_onnx_values import (
@@ -94,7 +95,7 @@ def with_shared(reading: Reading, node: OnnxNode, routed: Made, shared: Product)
     reading.make(node, mixed)
 
 
-def is_routed(value: Value | None) -> bool:
+def is_routed(value: Value | None) -> TypeGuard[Made]:
     """Return whether a value is what routed experts add, still to be scaled, or the shared one added to it."""
     return isinstance(value, Made) and value.operator == _ROUTED
 

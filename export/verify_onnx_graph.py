@@ -205,7 +205,7 @@ def _add(reading: Reading, node: OnnxNode) -> None:
     for product, other in ((0, 1), (1, 0)):
         found = reading.values.get(node.input(product))
         beside = reading.values.get(node.input(other))
-        if is_routed(found) and isinstance(found, Made) and isinstance(beside, Product) and _is_whole(beside):
+        if is_routed(found) and isinstance(beside, Product) and _is_whole(beside):
             with_shared(reading, node, found, beside)
             return
         if isinstance(found, Product) and node.input(other) in reading.constants:
@@ -309,7 +309,7 @@ def _activate(form: str) -> Callable[[Reading, OnnxNode], None]:
 
 def _mul(reading: Reading, node: OnnxNode) -> None:
     routed = reading.values.get(node.input(0))
-    if is_routed(routed) and isinstance(routed, Made):
+    if is_routed(routed):
         scaled(reading, node, routed)
         return
     plain, formed = sorted((reading.value(node, index, Product) for index in (0, 1)), key=lambda product: product.form)

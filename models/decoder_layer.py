@@ -19,6 +19,7 @@ from r1q.core.tensors import TensorSpec
 from r1q.models import moe
 from r1q.models.config_moe import Experts, Latent
 from r1q.models.forward import TensorReader
+from r1q.models.rope import in_halves
 
 _SLAB_WEIGHTS = 1 << 24
 
@@ -105,8 +106,8 @@ class LatentAttention:
         plain, to_turn = heads[..., : facts.key_dim], heads[..., facts.key_dim :]
         latent = self.norm(latent)[:, None]
         moved = torch.einsum("nhk,hrk->nhr", plain, self.keys)
-        queries = torch.cat((moved, _turned(_neighbours(to_turn), turn)), dim=-1)
-        keys = torch.cat((latent, _turned(_neighbours(ending[:, None]), turn)), dim=-1)
+        queries = torch.cat((moved, _turned(in_halves(to_turn), turn)), dim=-1)
+        keys = torch.cat((latent, _turned(in_halves(ending[:, None]), turn)), dim=-1)
         mixed = attend(queries, keys, latent).view(len(normed), len(self.values), facts.rank)
         return torch.einsum("nhr,hrv->nhv", mixed, self.values).flatten(1)
 
@@ -137,10 +138,7 @@ class Mixture:
         """Return the weighted sum of what the chosen experts make of each row, and the shared one."""
         routes = moe.route(self.router, self.facts, normed)
         result = torch.zeros_like(normed) if self.shared is None else self.shared(normed)
-        for number in torch.unique(routes.experts).tolist():
-            rows, share = routes.of(number)
-            made = self.experts[number](normed[rows])
-            result.index_add_(0, rows, (share[:, None] * made).to(result.dtype))
+        moe.add_chosen(result, routes, normed, lambda expert, rows: self.experts[expert](rows))
         return result
 
 
@@ -163,11 +161,6 @@ class Layer:
 def _turned(heads: Tensor, turn: Turn) -> Tensor:
     """Return `heads` [n, heads, size] with every pair (i, i + size / 2) turned."""
     return torch.addcmul(heads * turn[0], heads.roll(heads.shape[-1] // 2, -1), turn[1])
-
-
-def _neighbours(heads: Tensor) -> Tensor:
-    """Return pairs (2i, 2i + 1) as pairs (i, i + size / 2)."""
-    return torch.cat((heads[..., 0::2], heads[..., 1::2]), dim=-1)
 
 
 class Loader:

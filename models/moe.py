@@ -6,7 +6,7 @@ in memory. A shared expert (`ffn_gate_shexp`, …) runs for every token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -66,11 +66,15 @@ def mixture(weights: Weights, experts: Experts, normed: Tensor) -> Tensor:
         for start in range(0, len(rows), _TILE):
             part = rows[start : start + _TILE]
             result[start : start + _TILE] = linear(weights, "ffn_down_shexp", shared_inner(weights, part))
-    for expert in range(experts.count):
-        tokens, share = routes.of(expert)
-        if len(tokens):
-            result.index_add_(0, tokens, share[:, None] * expert_output(weights, expert, rows[tokens]))
+    add_chosen(result, routes, rows, lambda expert, part: expert_output(weights, expert, part))
     return result.reshape(normed.shape)
+
+
+def add_chosen(result: Tensor, routes: Routes, rows: Tensor, run: Callable[[int, Tensor], Tensor]) -> None:
+    """Add to `result` [tokens, hidden_size] what `run(expert, its tokens' rows)` returns, by its weights; experts in their order."""
+    for expert in torch.unique(routes.experts).tolist():
+        tokens, share = routes.of(expert)
+        result.index_add_(0, tokens, (share[:, None] * run(expert, rows[tokens])).to(result.dtype))
 
 
 def shared_inner(weights: Weights, rows: Tensor) -> Tensor:

@@ -30,7 +30,12 @@ class Rotation:
 
     def turn_neighbours(self, heads: Tensor) -> Tensor:
         """Return `heads` [..., length, head_dim] with every pair (2i, 2i + 1) turned, the pairs' first halves before the second."""
-        return self.turn(torch.cat((heads[..., 0::2], heads[..., 1::2]), dim=-1))
+        return self.turn(in_halves(heads))
+
+
+def in_halves(heads: Tensor) -> Tensor:
+    """Return `heads` [..., head_dim] with pairs (2i, 2i + 1) as pairs (i, i + head_dim / 2)."""
+    return torch.cat((heads[..., 0::2], heads[..., 1::2]), dim=-1)
 
 
 def rotation(config: ModelConfig, length: int, device: torch.device | str = "cpu") -> Rotation:

@@ -121,22 +121,6 @@ class Session(Protocol):
     ) -> None: ...
 
 
-class Closing:
-    """What a session may be made from: a `with` statement closes it at its end."""
-
-    def close(self) -> None:
-        """Give everything back."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
 class Runtime(Protocol):
     """An adapter: knows which formats it reads and opens artifacts."""
 

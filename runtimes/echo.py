@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from r1q.core.closing import Closing
 from r1q.core.errors import InputError, MissingError, UsageError
-from r1q.runtimes.base import Closing, Floats, Options, check_sequences, check_tokens, choose_context
+from r1q.runtimes.base import Floats, Options, check_sequences, check_tokens, choose_context
 
 LAST = 8.0
 

@@ -16,10 +16,11 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
+from r1q.core.closing import Closing
 from r1q.core.errors import InputError, MissingError, ResourceError, UsageError
 from r1q.core.gguf_file import GgufFile
 from r1q.runtimes import llama_log
-from r1q.runtimes.base import Closing, Floats, Options, check_sequences, check_tokens, choose_context
+from r1q.runtimes.base import Floats, Options, check_sequences, check_tokens, choose_context
 from r1q.runtimes.cores import physical_cores
 
 GGML_TYPES = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from r1q.core.closing import Closing
 from r1q.core.errors import MissingError, UsageError
 from r1q.core.onnx_file import OnnxFolder
 from r1q.models.tokenizer import Tokenizer
-from r1q.runtimes.base import Closing, Floats, Options, check_sequences, check_tokens, choose_context
+from r1q.runtimes.base import Floats, Options, check_sequences, check_tokens, choose_context
 from r1q.runtimes.cores import physical_cores
 from r1q.runtimes.huge_pages import on_huge_pages
 from r1q.runtimes.onnx_decoder import OnnxDecoder, check_options, read_decoder, scoring_graph

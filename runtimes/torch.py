@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from r1q.core.checkpoint import JOB, MANIFEST, QuantizedCheckpoint
+from r1q.core.closing import Closing
 from r1q.core.errors import InputError, MissingError, ResourceError, UsageError
 from r1q.models.config import ModelConfig
 from r1q.models.decoder import Cache, Decoder
@@ -25,7 +26,7 @@ from r1q.models.gptq_source import GptqSource, is_gptq
 from r1q.models.source import ModelSource
 from r1q.models.threads import torch_threads
 from r1q.models.tokenizer import Tokenizer
-from r1q.runtimes.base import Closing, Compute, Floats, Options, check_sequences, check_tokens, choose_context
+from r1q.runtimes.base import Compute, Floats, Options, check_sequences, check_tokens, choose_context
 from r1q.runtimes.cores import physical_cores
 
 DTYPES: Mapping[Compute, torch.dtype] = {"bf16": torch.bfloat16, "f32": torch.float32}
